@@ -1,0 +1,68 @@
+# Two commands matter: `make train` and `make test`. Both make .venv first if it is missing or out of date.
+# All that they write stays in this folder: .venv/, .cache/, data/ and runs/.
+
+# The first Python that is 3.11 or newer and can make environments. Another one: make train PYTHON=/path/to/python
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+UNFINISHED := .cache/unfinished-install
+
+# Jupyter, IPython, pip, Hugging Face and the browser that draws figures would write to the home folder. A HF_HOME of your own is kept.
+HF_HOME ?= $(CURDIR)/.cache/huggingface
+export HF_HOME
+export XDG_CACHE_HOME := $(CURDIR)/.cache
+export CHROME_CONFIG_HOME := $(CURDIR)/.cache/chrome
+export IPYTHONDIR := $(CURDIR)/.cache/ipython
+export JUPYTER_CONFIG_DIR := $(CURDIR)/.cache/jupyter/config
+export JUPYTER_DATA_DIR := $(CURDIR)/.cache/jupyter/data
+export JUPYTER_RUNTIME_DIR := $(CURDIR)/.cache/jupyter/runtime
+export NPM_CONFIG_CACHE := $(CURDIR)/.cache/npm
+export PIP_NO_CACHE_DIR := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help train evaluate pretrain test lab clean constraints FORCE
+.DEFAULT_GOAL := help
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+train: ## train a retriever and show its results; parameters: make train ARGS="-p dataset cirr -p seed 1"
+evaluate: ## evaluate a trained run: make evaluate ARGS="-p run_dir runs/NAME"
+pretrain: ## rebuild the small backbone that ships in dqe_cir/assets/mini
+
+train evaluate pretrain: $(INSTALLED)
+	@mkdir -p runs && touch runs/.started
+	$(BIN)/papermill nbs/$@.ipynb runs/$@.ipynb $(ARGS)
+	@echo "executed notebook: runs/$@.ipynb"
+	@find runs -name results.json -newer runs/.started -exec echo "results:" {} \;
+
+test: $(INSTALLED) ## run every notebook and every test
+	@$(BIN)/python tests/run.py
+
+lab: $(INSTALLED) ## open JupyterLab on this folder
+	$(BIN)/jupyter lab $(ARGS)
+
+clean: ## remove .venv and every cache; data/ and runs/ stay
+	rm -rf .venv .cache .pytest_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# A second run installs nothing. An environment left half-made, moved, or without its Python is made again.
+ifneq "$(shell $(BIN)/python -c '' 2>/dev/null && cat $(INSTALLED) 2>/dev/null)" "$(CURDIR)"
+$(INSTALLED): FORCE
+endif
+$(INSTALLED): requirements.txt constraints.txt settings.ini setup.py
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with venv was found; name one: make PYTHON=/path/to/python"; exit 1; }
+	@if test -e $(UNFINISHED) || { test -e $@ && test "$$(cat $@)" != "$(CURDIR)"; }; then rm -rf .venv; fi
+	@mkdir -p .cache && touch $(UNFINISHED)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install -r requirements.txt -c constraints.txt
+	$(BIN)/python -m pip install --no-deps -e .
+	@echo "$(CURDIR)" > $@ && rm $(UNFINISHED)
+
+# torch is left out of the pins because its builds, and what they need, differ by machine.
+constraints: ## pin again what requirements.txt needs in turn (for maintainers; wants uv)
+	@mkdir -p .cache
+	uv pip compile --quiet --python-version 3.11 --no-emit-package torch --no-annotate --no-header requirements.txt -o .cache/pins
+	@{ echo "# What requirements.txt needs in turn, without torch. Made by: make constraints"; \
+	grep -vE '^(nvidia|cuda|triton)' .cache/pins; } > constraints.txt && rm .cache/pins
