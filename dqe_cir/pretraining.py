@@ -4,21 +4,26 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'MEAN', 'STD', 'Pictures', 'draw_pictures', 'normalised', 'augmented', 'Teacher', 'GridHead', 'FlatHead',
-           'answer_loss', 'accuracies', 'optimise', 'train_teacher', 'grid_positions', 'initialise_tower',
-           'train_tower']
+           'answer_loss', 'accuracies', 'optimise', 'train_teacher', 'small_config', 'make_tokenizer', 'new_encoder',
+           'grid_positions', 'initialise_tower', 'train_tower', 'similar_rows', 'train_qformer', 'encode_pictures',
+           'probe', 'retrieval_agreement', 'examine', 'save_encoder', 'PretrainConfig']
 
 # %% ../nbs/09_pretraining.ipynb #10cccbfe
-import math, time
+import math, re, string
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import BertTokenizer, Blip2Config, Blip2ForImageTextRetrieval
 
 from .core import generator
-from .garments import ATTRIBUTES, CATEGORIES, Garment, draw_garment
+from .encoder import Blip2Encoder
+from .garments import ATTRIBUTES, CATEGORIES, Garment, caption_corpus, caption_of, draw_garment
+from .retrieval import similarity
 
 # %% ../nbs/09_pretraining.ipynb #5321e09f
 QUESTIONS = {"category": CATEGORIES, **ATTRIBUTES}  # what the heads are asked
@@ -135,6 +140,32 @@ def train_teacher(pictures: Pictures, steps: int, seed: int, batch_size: int = 6
     def loss(rows, chance): return answer_loss(head(teacher(augmented(pictures.pixels[rows], chance))), pictures.labels[rows])
     return teacher, head, optimise([teacher, head], loss, len(pictures.pixels), steps, batch_size, lr, seed, "teacher")
 
+# %% ../nbs/09_pretraining.ipynb #26370150
+def small_config(vocabulary_size: int) -> Blip2Config:
+    "The shape of the small BLIP-2: ViT 4 x 96, Q-Former 2 x 128 with 8 queries, embeddings of 64."
+    vision = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, image_size=64, patch_size=8, initializer_range=0.02)
+    qformer = dict(vocab_size=vocabulary_size, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, cross_attention_frequency=1,
+                   encoder_hidden_size=96, use_qformer_text_input=True, max_position_embeddings=64)
+    return Blip2Config(vision_config=vision, qformer_config=qformer, num_query_tokens=8, image_text_hidden_size=64)
+
+# %% ../nbs/09_pretraining.ipynb #d6a78c50
+def make_tokenizer() -> BertTokenizer:
+    "Word pieces: the words of the garments captions, and single characters for everything else."
+    words = sorted(set(re.findall(r"[a-z]+", " ".join(caption_corpus()).replace("{noun}", "").replace("{said}", ""))))
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in string.ascii_lowercase + string.digits)]
+    return BertTokenizer(vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces + words))})
+
+# %% ../nbs/09_pretraining.ipynb #7769843f
+def new_encoder(seed: int) -> Blip2Encoder:
+    "A small encoder with fresh weights."
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(generator(seed, "qformer weights").initial_seed())
+        model = Blip2ForImageTextRetrieval(small_config(len(tokenizer)))
+        model.query_tokens.normal_(std=0.1)
+    return Blip2Encoder(model, tokenizer, temperature=0.07)
+
 # %% ../nbs/09_pretraining.ipynb #119d2915
 def grid_positions(side: int, width: int) -> Tensor:
     "Two-dimensional sine and cosine embedding (side*side, width), scaled by one half."
@@ -159,8 +190,9 @@ def initialise_tower(tower: nn.Module, seed: int) -> None:
         tower.embeddings.position_embedding.copy_(torch.cat([torch.zeros(1, tower.config.hidden_size), grid_positions(side, tower.config.hidden_size)])[None])
 
 # %% ../nbs/09_pretraining.ipynb #67fc9e91
-def train_tower(tower: nn.Module, teacher: Teacher, pictures: Pictures, steps: int, seed: int, batch_size: int = 32, lr: float = 3e-3) -> list[float]:
-    "Stage two: distil the teacher into a Blip2VisionModel. Returns the losses; the heads are thrown away."
+def train_tower(encoder: Blip2Encoder, teacher: Teacher, pictures: Pictures, steps: int, seed: int, batch_size: int = 32, lr: float = 3e-3) -> list[float]:
+    "Stage two: distil the teacher into the encoder's tower, then freeze it. Returns the losses; the heads are thrown away."
+    tower, norm = encoder.vision_tower.requires_grad_(True), encoder.ln_vision
     initialise_tower(tower, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "tower heads").initial_seed())
@@ -169,7 +201,102 @@ def train_tower(tower: nn.Module, teacher: Teacher, pictures: Pictures, steps: i
     def loss(rows, chance):
         pixels, labels = augmented(pictures.pixels[rows], chance), pictures.labels[rows]
         with torch.no_grad(): wanted = teacher(pixels) + positions
-        tokens = tower(pixels).last_hidden_state
+        tokens = norm(tower(pixel_values=pixels).last_hidden_state)
         answers = [heads[0](tokens[:, 1:]), heads[1](tokens[:, 1:].mean(1)), heads[2](tokens[:, 0])]
         return 4 * F.mse_loss(tokens[:, 1:], wanted) + sum(answer_loss(answer, labels) for answer in answers)
-    return optimise([tower, heads], loss, len(pictures.pixels), steps, batch_size, lr, seed, "vision tower")
+    losses = optimise([tower, norm, heads], loss, len(pictures.pixels), steps, batch_size, lr, seed, "vision tower")
+    tower.requires_grad_(False)
+    return losses
+
+# %% ../nbs/09_pretraining.ipynb #d19133ff
+def similar_rows(labels: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    "Rows of one category and two colours; labels (N,6) in the order of QUESTIONS."
+    category = torch.randint(len(CATEGORIES), (1,), generator=generator)
+    colours = torch.randperm(len(ATTRIBUTES["colour"]), generator=generator)[:2]
+    rows = ((labels[:, 0] == category) & torch.isin(labels[:, 1], colours)).nonzero().flatten()
+    return rows[torch.randperm(len(rows), generator=generator)[:batch_size]]
+
+# %% ../nbs/09_pretraining.ipynb #dafe74c9
+def train_qformer(encoder: Blip2Encoder, tokens: Tensor, pictures: Pictures, steps: int, seed: int, batch_size: int = 64, lr: float = 2.5e-3) -> list[float]:
+    "Stage three: match frozen picture tokens (N,P,W) with descriptions. Returns the losses and sets the encoder's temperature."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, "qformer head").initial_seed())
+        head, log_temperature = FlatHead(8 * 64), nn.Parameter(torch.tensor(math.log(0.07)))
+    words, scale = np.random.default_rng([seed, 3]), nn.ParameterList([log_temperature])
+    def loss(rows, chance):
+        if torch.rand(1, generator=chance) < 0.5: rows = similar_rows(pictures.labels, batch_size, chance)
+        embedded, labels = encoder.encode_target(tokens[rows]), pictures.labels[rows]
+        described = encoder.encode_text(*encoder.tokenize([caption_of(pictures.garments[row], words) for row in rows]))
+        scores = torch.einsum("itd,jd->ijt", embedded, described).amax(-1) / log_temperature.exp()
+        right = torch.arange(len(rows))
+        same = (labels[:, None] == labels).all(-1) & ~torch.eye(len(rows), dtype=torch.bool)
+        scores = scores.masked_fill(same, -torch.inf)
+        match = (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
+        return match + answer_loss(head(embedded.flatten(1)), labels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, "qformer dropout").initial_seed())
+        losses = optimise([encoder, head, scale], loss, len(tokens), steps, batch_size, lr, seed, "Q-Former")
+    encoder.temperature = float(log_temperature.detach().exp())
+    return losses
+
+# %% ../nbs/09_pretraining.ipynb #5effc73d
+@torch.no_grad()
+def encode_pictures(encoder: Blip2Encoder, pictures: Pictures, batch_size: int = 300) -> Tensor:
+    "Tower tokens (N,P,W) of drawn pictures."
+    return torch.cat([encoder.image_tokens(normalised(part)) for part in pictures.pixels.split(batch_size)])
+
+# %% ../nbs/09_pretraining.ipynb #0669cb68
+def probe(head: nn.Module, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], seed: int, steps: int = 600) -> dict[str, float]:
+    "Accuracies of a fresh linear head trained on frozen features; (features, labels) twice."
+    optimise([head], lambda rows, _: answer_loss(head(train[0][rows]), train[1][rows]), len(train[0]), steps, 256, 5e-3, seed, "probe")
+    with torch.no_grad(): return accuracies(head(test[0]), test[1])
+
+# %% ../nbs/09_pretraining.ipynb #2d04659c
+@torch.no_grad()
+def retrieval_agreement(encoder: Blip2Encoder, tokens: Tensor, pictures: Pictures, seed: int) -> dict[str, float]:
+    "Per question, how often the first picture found by a description has the described value."
+    rng = np.random.default_rng([seed, 4])
+    texts = [caption_of(garment, rng) for garment in pictures.garments]
+    described = torch.cat([encoder.encode_text(*encoder.tokenize(texts[i:i + 256])) for i in range(0, len(texts), 256)])
+    embedded = torch.cat([encoder.encode_target(part) for part in tokens.split(256)])
+    found = similarity(described, embedded).argmax(1)
+    return {name: (pictures.labels[found, i] == pictures.labels[:, i]).float().mean().item() for i, name in enumerate(QUESTIONS)}
+
+# %% ../nbs/09_pretraining.ipynb #27ba11b0
+def examine(encoder: Blip2Encoder, train: tuple[Tensor, Pictures], test: tuple[Tensor, Pictures], seed: int) -> dict[str, dict[str, float]]:
+    "All three tests; tokens (N,P,W) and pictures of the training and of an unseen set."
+    (seen, seen_pictures), (unseen, unseen_pictures) = train, test
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, "probes").initial_seed())
+        grid, flat = GridHead(), FlatHead()
+    norm = lambda tokens: F.layer_norm(tokens[:, 1:], tokens.shape[-1:])
+    pair = lambda pick: ((pick(norm(seen)), seen_pictures.labels), (pick(norm(unseen)), unseen_pictures.labels))
+    return {"grid probe": probe(grid, *pair(lambda z: z), seed), "mean probe": probe(flat, *pair(lambda z: z.mean(1)), seed),
+            "retrieval agreement": retrieval_agreement(encoder, unseen, unseen_pictures, seed)}
+
+# %% ../nbs/09_pretraining.ipynb #60e0b1ad
+def save_encoder(encoder: Blip2Encoder, folder: Path) -> Path:
+    "Write model, configuration and vocabulary as safetensors and JSON; `load_encoder(folder)` reads it back."
+    model = Blip2ForImageTextRetrieval(encoder.config)
+    parts = {name: getattr(encoder, name) for name in ("embeddings", "qformer", "vision_projection", "text_projection")}
+    for name, part in parts.items(): getattr(model, name).load_state_dict(part.state_dict())
+    tower = encoder.vision_tower.state_dict() | {f"post_layernorm.{name}": value for name, value in encoder.ln_vision.state_dict().items()}
+    model.vision_model.load_state_dict(tower)
+    model.query_tokens.data.copy_(encoder.query_tokens)
+    model.config.itc_temperature = round(encoder.temperature, 6)
+    model.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+# %% ../nbs/09_pretraining.ipynb #c50710d7
+@dataclass(frozen=True)
+class PretrainConfig:
+    "Parameters of `pretrain.ipynb`."
+    seed: int = 0
+    pictures: int = 8100  # drawn for training
+    probe_pictures: int = 2100  # drawn for the tests, never trained on
+    teacher_steps: int = 350
+    tower_steps: int = 1300
+    qformer_steps: int = 900
+    folder: str = "runs/mini"  # where the model goes; dqe_cir/assets/mini replaces the one that ships
+    record: str = ""  # a JSON file for the figures; empty: <folder>/pretrain.json
