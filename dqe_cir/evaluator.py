@@ -5,10 +5,14 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'GalleryScores', 'gallery_rows', 'encode_gallery', 'encode_queries', 'score_dataset', 'target_ranks',
            'relevance', 'query_measures', 'summarise', 'Evaluation', 'evaluate_scores', 'best_images', 'breakdown',
-           'evaluate', 'ImageOnly', 'TextOnly', 'LateFusion', 'oracle', 'reference_points']
+           'evaluate', 'ImageOnly', 'TextOnly', 'LateFusion', 'oracle', 'reference_points', 'check_lists',
+           'cirr_submission', 'image_number', 'circo_submission', 'write_submission']
 
 # %% ../nbs/11_evaluator.ipynb #f90dcbf8
+import json, operator, os
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +21,7 @@ from torch import Tensor
 from .core import generator
 from .data import CIRDataset
 from .methods.base import Method
-from .metrics import average_precision, recall_at_k, subset_ranks
+from .metrics import average_precision, recall_at_k, subset_ranks, top1_valid
 from .retrieval import ranks
 
 # %% ../nbs/11_evaluator.ipynb #00a0b336
@@ -102,7 +106,7 @@ def query_measures(dataset: CIRDataset, part: GalleryScores) -> dict[str, Tensor
     if dataset.attributes:
         relevant = relevance(dataset, part)
         measures["average_precision"] = average_precision(part.scores, relevant)
-        measures["top1_valid"] = relevant.gather(1, part.scores.argmax(1, keepdim=True)).squeeze(1).float()
+        measures["top1_valid"] = top1_valid(part.scores, relevant).float()
     if dataset.name == "cirr":
         reference, target = (part.positions([getattr(t, side) for t in triplets]) for side in ("reference", "target"))
         members = torch.stack([part.positions(list(t.subset)) for t in triplets])
@@ -208,3 +212,80 @@ def reference_points(encoder, dataset: CIRDataset, tokens, untrained: Method | N
     points = {name: evaluate(kind, dataset, tokens).metrics for name, kind in kinds.items()}
     if dataset.attributes: points["oracle"] = evaluate_scores(dataset, oracle(dataset)).metrics
     return points
+
+# %% ../nbs/11_evaluator.ipynb #60be83e9
+def check_lists(queries: list[str], rankings: list[list], length: int, references: Sequence | None, members: Sequence[Collection] | None) -> None:
+    "Raise `ValueError` naming the first query whose list has a wrong length, a repetition, the reference or a stranger."
+    for name, values in (("rankings", rankings), ("references", references), ("members", members)):
+        if values is not None and len(values) != len(queries):
+            raise ValueError(f"{len(values)} {name} for {len(queries)} queries: one is needed for each")
+    if len(set(queries)) < len(queries):
+        raise ValueError(f"query {next(q for i, q in enumerate(queries) if q in queries[:i])} comes twice")
+    for row, (query, ranking) in enumerate(zip(queries, rankings)):
+        if len(ranking) != length: raise ValueError(f"query {query} names {len(ranking)} images; the server wants exactly {length}")
+        if len(set(ranking)) < length: raise ValueError(f"query {query} names an image twice")
+        if references is not None and references[row] in ranking: raise ValueError(f"query {query} names its own reference {references[row]}")
+        strangers = [] if members is None else [image for image in ranking if image not in members[row]]
+        if strangers: raise ValueError(f"query {query} names {strangers[0]}, which is not among its candidates")
+
+# %% ../nbs/11_evaluator.ipynb #1bf09d48
+def cirr_submission(
+    pair_ids: Sequence,  # (Q,) pair ids, integers or digits
+    rankings: Sequence[Sequence[str]],  # (Q,50) or (Q,3) image names, best first
+    metric: str,  # "recall" or "recall_subset"
+    references: Sequence[str] | None = None,  # (Q,) image names that must not appear
+    members: Sequence[Collection[str]] | None = None,  # (Q,) the names that may appear
+    queries: int | None = 4148,  # how many there must be; None takes any number
+) -> dict[str, str | list[str]]:
+    "The object that CIRR's test server reads, or `ValueError` naming the pair id that it would refuse."
+    lengths = {"recall": 50, "recall_subset": 3}
+    if metric not in lengths: raise ValueError(f"metric={metric!r} must be 'recall' or 'recall_subset'")
+    keys, rankings = [str(pair_id) for pair_id in pair_ids], [list(ranking) for ranking in rankings]
+    unknown = [key for key in keys if not (key.isascii() and key.isdigit())]
+    if unknown: raise ValueError(f"pair id {unknown[0]!r} is not a number")
+    if queries is not None and len(keys) != queries: raise ValueError(f"{len(keys)} queries; the test split has {queries}")
+    for key, ranking in zip(keys, rankings):
+        wrong = [name for name in ranking if not isinstance(name, str) or "/" in name or name.endswith((".png", ".jpg"))]
+        if wrong: raise ValueError(f"query {key} names {wrong[0]!r}; the server wants a name without folder and extension")
+    check_lists(keys, rankings, lengths[metric], references, members)
+    return {"version": "rc2", "metric": metric, **{key: [str(name) for name in ranking] for key, ranking in zip(keys, rankings)}}
+
+# %% ../nbs/11_evaluator.ipynb #859ecc75
+def image_number(value) -> int:
+    "A COCO image number from an integer or a string of digits."
+    if isinstance(value, str) and value.isascii() and value.isdigit(): return int(value)
+    try: return operator.index(value)
+    except TypeError: raise ValueError(f"{value!r} is not an image number") from None
+
+# %% ../nbs/11_evaluator.ipynb #ae61daf7
+def circo_submission(
+    query_ids: Sequence,  # (Q,) query numbers
+    rankings: Sequence[Sequence],  # (Q,50) COCO image numbers, best first
+    references: Sequence | None = None,  # (Q,) images that must not appear
+    members: Sequence[Collection] | None = None,  # (Q,) the images that may appear
+    queries: int | None = 800,  # how many there must be; None takes any number
+) -> dict[str, list[int]]:
+    "The object that CIRCO's test server reads, or `ValueError` naming the query that it would refuse."
+    numbers = [image_number(query) for query in query_ids]
+    if queries is not None and sorted(numbers) != list(range(queries)):
+        raise ValueError(f"{len(numbers)} queries; the server wants every number from 0 to {queries - 1} once")
+    rankings = [[image_number(image) for image in ranking] for ranking in rankings]
+    if references is not None: references = [image_number(image) for image in references]
+    if members is not None:
+        seen = {id(images): images for images in members}  # one gallery shared by all queries is read once
+        read = {key: {image_number(image) for image in images} for key, images in seen.items()}
+        members = [read[id(images)] for images in members]
+    keys = [str(number) for number in numbers]
+    check_lists(keys, rankings, 50, references, members)
+    return dict(zip(keys, rankings))
+
+# %% ../nbs/11_evaluator.ipynb #1e618e62
+def write_submission(path: Path, submission: dict) -> Path:
+    "Write a submission as compact JSON with sorted keys; a reader finds the whole file or none. At most 5 MB."
+    text = json.dumps(submission, sort_keys=True)
+    if len(text) > 5_000_000: raise ValueError(f"{path} would have {len(text):,} bytes; the server takes at most 5 MB")
+    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+    return path
