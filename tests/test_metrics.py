@@ -184,8 +184,9 @@ def test_chance_is_the_mean_over_all_orders(images, right):
 
 
 def test_chance_takes_one_number_or_one_per_query():
-    each = chance_average_precision([5, 9, 700], [1, 3, 13], k=4)
-    assert_close(each, torch.stack([chance_average_precision(n, m, k=4) for n, m in [(5, 1), (9, 3), (700, 13)]]))
+    for k in (4, 7, None):
+        each = chance_average_precision([5, 9, 700], [1, 3, 13], k)
+        assert_close(each, torch.stack([chance_average_precision(n, m, k) for n, m in [(5, 1), (9, 3), (700, 13)]]))
     for candidates, relevant in [(5, 0), (5, 6)]:
         with pytest.raises(ValueError, match="at least one right answer"): chance_average_precision(candidates, relevant)
 

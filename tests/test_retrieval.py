@@ -71,7 +71,8 @@ def test_narrow_types_are_widened_before_the_product(dtype, tokens):
         assert scores.dtype == wide
         assert_close(scores, similarity(query.to(wide), gallery.to(wide), reduce))
     assert similarity(query, gallery.float()).dtype == wide  # a half-precision gallery may meet float32 queries
-    with torch.autocast("cpu", torch.bfloat16): assert_close(similarity(query, gallery), similarity(query.to(wide), gallery.to(wide)))
+    with torch.autocast("cpu", torch.bfloat16): scores = similarity(query, gallery)
+    assert_close(scores, similarity(query, gallery))
 
 
 def test_a_strided_gallery_is_scored_as_it_reads():
@@ -121,6 +122,14 @@ def test_ranks_do_not_depend_on_the_order_of_the_gallery(rows, random):
     moved = torch.tensor(random.sample(range(scores.shape[1]), scores.shape[1]))
     back = moved.argsort()
     assert_close(ranks(scores[:, moved], back[target], back[exclude]), ranks(scores, target, exclude))
+
+
+@pytest.mark.parametrize("wrong, message", [([0, -1], r"target\[1\] is -1, outside the gallery 0\.\.2"), ([3, 0], r"target\[0\] is 3, outside"),
+                                            ([0.0, 1.0], "target must hold 2 integers"), ([True, False], "target must hold 2 integers"), ([0], "not \\(1,\\)")])
+def test_targets_must_be_places_in_the_gallery(wrong, message):
+    for call in (ranks, ties):
+        with pytest.raises(ValueError, match=message): call(torch.zeros(2, 3), torch.tensor(wrong))
+        with pytest.raises(ValueError, match=message.replace("target", "exclude")): call(torch.zeros(2, 3), torch.tensor([2, 2]), torch.tensor(wrong))
 
 
 def test_ranks_take_infinite_scores_and_no_queries():
