@@ -69,9 +69,8 @@ def checked(config_class: type, values: dict):
 def write_json(path: Path, value) -> Path:
     "Write JSON so that a reader finds the old file or the new one, never a part."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+    text = json.dumps(value, indent=1) + "\n"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file: file.write(text)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
     return path

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['GET', 'CLIP_MEAN', 'CLIP_STD', 'SUFFIXES', 'READERS', 'Triplet', 'CIRDataset', 'open_image', 'as_rgb', 'target_pad',
-           'square_pad', 'resize_shorter', 'centre_crop', 'normalise', 'stripped', 'join_captions', 'clean_caption',
-           'random_captions', 'read_json', 'unique', 'known', 'files_by_stem', 'load_fashioniq', 'fashioniq_triplets',
-           'with_shared_answers', 'load_cirr', 'cirr_triplet', 'cirr_files', 'load_circo', 'circo_triplet',
-           'load_garments', 'load_dataset', 'complete', 'sample_banner', 'ImageReport', 'verify_images', 'main']
+           'square_pad', 'resize_shorter', 'centre_crop', 'normalise', 'stripped', 'join_captions', 'caption_text',
+           'clean_caption', 'random_captions', 'read_json', 'unique', 'known', 'files_by_stem', 'load_fashioniq',
+           'fashioniq_triplets', 'fashioniq_fields', 'with_shared_answers', 'origin', 'load_cirr', 'cirr_triplet',
+           'cirr_files', 'load_circo', 'circo_triplet', 'load_garments', 'load_dataset', 'complete', 'sample_banner',
+           'ImageReport', 'verify_images', 'main']
 
 # %% ../nbs/02_data.ipynb #10df5284
 import argparse, dataclasses, json, os, re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +53,19 @@ class CIRDataset:
     relevant: dict[str, frozenset[str]] = field(default_factory=dict, repr=False)  # garments only: all right answers by pair id
     mentions: dict[str, dict[str, list[str]]] = field(default_factory=dict, repr=False)  # garments only: what each query asks for
 
-    @property
+    @cached_property
     def gallery(self) -> list[str]: return list(dict.fromkeys(name for names in self.galleries.values() for name in names))
 
     def image_path(self, name: str) -> Path:
         "The picture's file; `DataError` if there is none."
-        if name not in self.files: raise DataError(f"no picture of {name!r} under {self.root}: {GET[self.name]}")
+        if name not in self.files: raise DataError(f"no picture of {name!r}, such as {self.expected(name)}: {GET[self.name]}")
         return self.files[name]
+
+    def expected(self, name: str) -> Path:
+        "Where a picture that is missing would be looked for first."
+        known = next(iter(self.files.values()), None)
+        folder = known.parent if known else self.root / {"circo": "unlabeled2017", "cirr": "img_raw"}.get(self.name, "images")
+        return folder / f"{name}.png"
 
 # %% ../nbs/02_data.ipynb #8ff56e41
 GET = {
@@ -81,8 +89,8 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     "Any Pillow picture as upright 8-bit RGB."
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture, dtype=np.float64)
-        picture = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        deep = picture.mode.startswith("I")  # integers of sixteen bits; floating point pictures count to 255
+        picture = Image.fromarray((np.asarray(picture, dtype=np.float64) / (257 if deep else 1)).clip(0, 255).astype(np.uint8))
     if picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
     return picture.convert("RGB")
@@ -130,11 +138,16 @@ def normalise(image: Image.Image) -> Tensor:
 # %% ../nbs/02_data.ipynb #94e7d2e5
 def stripped(text: str) -> str: return text.strip(".?, ")
 
-def join_captions(first: str, second: str = "") -> str:
-    "`First and second`; an empty caption is left out, two empty ones raise `DataError`."
-    parts = [part for part in (stripped(first), stripped(second)) if part]
-    if not parts: raise DataError(f"both captions are empty ({first!r}, {second!r}): remove the triplet or write a caption")
-    return " and ".join([parts[0].capitalize(), *parts[1:]])
+def join_captions(first: str, second: str) -> str:
+    "`First and second`, as the field joins them."
+    return f"{stripped(first).capitalize()} and {stripped(second)}"
+
+# %% ../nbs/02_data.ipynb #691d63b3
+def caption_text(captions: tuple[str, ...]) -> str:
+    "The text of a query: its captions joined, empty ones left out; a single caption as it is."
+    spoken = [text for text in captions if stripped(text)]
+    if len(captions) == 1 or not spoken: return captions[0] if captions else ""
+    return join_captions(*spoken[:2]) if len(spoken) > 1 else stripped(spoken[0]).capitalize()
 
 # %% ../nbs/02_data.ipynb #ecc55b19
 def clean_caption(text: str, words: int = 50) -> str:
@@ -144,22 +157,25 @@ def clean_caption(text: str, words: int = 50) -> str:
 
 # %% ../nbs/02_data.ipynb #a634e37b
 def random_captions(captions: tuple[str, ...], generator: torch.Generator) -> str:
-    "One of: both captions in either order, the first, the second; a single caption is returned as it is."
-    if len(captions) == 1: return captions[0]
+    "One of: both captions in either order, the first, the second. A query with fewer than two spoken captions has one text."
+    if sum(bool(stripped(text)) for text in captions) < 2: return caption_text(captions)
     first, second = captions
     options = [(first, second), (second, first), (first,), (second,)]
     chosen = options[torch.randint(4, (1,), generator=generator).item()]
-    return join_captions(*chosen) if any(map(stripped, chosen)) else join_captions(first, second)
+    return join_captions(*chosen) if len(chosen) == 2 else stripped(chosen[0]).capitalize()
 
 # %% ../nbs/02_data.ipynb #774773af
 def read_json(path: Path, name: str):
     "Parsed JSON of a data set called `name`; a missing or malformed file raises `DataError`."
     if not path.exists(): raise DataError(f"{path} is missing: {GET[name]}")
-    try: return json.loads(path.read_text(encoding="utf-8"))
+    def once(pairs):
+        unique([key for key, _ in pairs], path)
+        return dict(pairs)
+    try: return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (json.JSONDecodeError, UnicodeDecodeError) as problem: raise DataError(f"{path} is not valid JSON ({problem}): get the file again") from None
 
 # %% ../nbs/02_data.ipynb #a257a23c
-def unique(names: list[str], path: Path) -> list[str]:
+def unique(names: list[str], path: Path | str) -> list[str]:
     "The list itself; a name that occurs twice raises `DataError`."
     seen = set()
     for name in names:
@@ -193,20 +209,31 @@ def load_fashioniq(root: Path | str, split: str, categories: tuple[str, ...] = (
         listing, captions = root / "image_splits" / f"split.{category}.{split}.json", root / "captions" / f"cap.{category}.{split}.json"
         galleries[category] = unique(read_json(listing, "fashioniq"), listing)
         triplets += fashioniq_triplets(read_json(captions, "fashioniq"), category, split, set(galleries[category]), captions)
-    return CIRDataset("fashioniq", split, with_shared_answers(triplets), galleries, root, files_by_stem(root / "images"))
+    return CIRDataset("fashioniq", split, with_shared_answers(triplets), galleries, root, files_by_stem(root / "images"), data=origin(root))
 
 # %% ../nbs/02_data.ipynb #14fcd375
 def fashioniq_triplets(rows: list[dict], category: str, split: str, gallery: set[str], path: Path) -> list[Triplet]:
     "The triplets of one caption file."
+    if not isinstance(rows, list): raise DataError(f"{path} must hold a list of triplets, not a {type(rows).__name__}: get the file again")
     triplets = []
     for i, row in enumerate(rows):
-        where, target = f"{path}, row {i}", row.get("target")
-        captions = tuple(row["captions"])
-        if not any(map(stripped, captions)): raise DataError(f"{where}: every caption is empty; remove the row or write a caption")
-        if target: known(target, gallery, where)
-        triplets.append(Triplet(known(row["candidate"], gallery, where), target or None, captions, category, pair_id=f"{category}-{split}-{i}",
-                                positives=frozenset({target} if target else ())))
+        where = f"{path}, row {i}"
+        reference, target, captions = fashioniq_fields(row, where, split != "test")
+        for name in (reference, target): name is None or known(name, gallery, where)
+        triplets.append(Triplet(reference, target, captions, category, pair_id=f"{category}-{split}-{i}", positives=frozenset({target} if target else ())))
     return triplets
+
+# %% ../nbs/02_data.ipynb #6492f65c
+def fashioniq_fields(row: dict, where: str, needs_target: bool) -> tuple[str, str | None, tuple[str, ...]]:
+    "Reference, target and captions of a row, or `DataError` saying what is wrong with it."
+    fits = isinstance(row, dict) and isinstance(row.get("candidate"), str) and isinstance(row.get("captions"), list)
+    if not fits or not all(isinstance(text, str) for text in row["captions"]):
+        raise DataError(f"{where} must have a candidate and a list of captions: get the file again")
+    target, captions = row.get("target") or None, tuple(row["captions"])
+    if needs_target and target is None: raise DataError(f"{where} has no target: only the test split may leave it out")
+    if target == row["candidate"]: raise DataError(f"{where}: the target is the reference itself; remove the row")
+    if not any(map(stripped, captions)): raise DataError(f"{where}: every caption is empty; remove the row or write a caption")
+    return row["candidate"], target, captions
 
 # %% ../nbs/02_data.ipynb #b2d3d0e8
 def with_shared_answers(triplets: list[Triplet]) -> list[Triplet]:
@@ -215,6 +242,11 @@ def with_shared_answers(triplets: list[Triplet]) -> list[Triplet]:
     question = lambda t: (t.category, t.reference, t.captions)
     for triplet in triplets: answers.setdefault(question(triplet), set()).update(triplet.positives)
     return [dataclasses.replace(t, positives=frozenset(answers[question(t)])) if len(answers[question(t)]) > 1 else t for t in triplets]
+
+# %% ../nbs/02_data.ipynb #49a2b610
+def origin(root: Path) -> str:
+    "`sample` for a root inside drawn garments, else `real`."
+    return "sample" if (root.resolve().parent / "garments.json").exists() else "real"
 
 # %% ../nbs/02_data.ipynb #2045e625
 def load_cirr(root: Path | str, split: str) -> CIRDataset:
@@ -226,16 +258,16 @@ def load_cirr(root: Path | str, split: str) -> CIRDataset:
     paths, rows = read_json(listing, "cirr"), read_json(captions, "cirr")
     unique([str(row["pairid"]) for row in rows], captions)
     triplets = [cirr_triplet(row, paths, f"{captions}, pairid {row['pairid']}") for row in rows]
-    return CIRDataset("cirr", split, triplets, {"all": list(paths)}, root, cirr_files(root, paths))
+    return CIRDataset("cirr", split, with_shared_answers(triplets), {"all": list(paths)}, root, cirr_files(root, paths), data=origin(root))
 
 # %% ../nbs/02_data.ipynb #b1b9d99b
 def cirr_triplet(row: dict, gallery, where: str) -> Triplet:
     "One row of a CIRR caption file."
-    if not stripped(row["caption"]): raise DataError(f"{where}: the caption is empty; remove the row or write one")
     reference, target = known(row["reference"], gallery, where), row.get("target_hard")
+    if target and not stripped(row["caption"]): raise DataError(f"{where}: the caption is empty; remove the row or write one")
     soft = {name for name, value in (row.get("target_soft") or {}).items() if value > 0 and name != reference}
     positives = frozenset(known(name, gallery, where) for name in ({target} if target else set()) | soft)
-    members = tuple(known(name, gallery, where) for name in row["img_set"]["members"])
+    members = tuple(unique([known(name, gallery, where) for name in row["img_set"]["members"]], where))
     return Triplet(reference, target, (row["caption"],), subset=members, pair_id=str(row["pairid"]), positives=positives)
 
 # %% ../nbs/02_data.ipynb #31a3d9e7
@@ -258,10 +290,13 @@ def load_circo(root: Path | str, split: str) -> CIRDataset:
     path = root / "annotations" / f"{split}.json"
     rows = read_json(path, "circo")
     unique([str(row["id"]) for row in rows], path)
-    folder = next((f for f in (root / "COCO2017_unlabeled" / "unlabeled2017", root / "unlabeled2017") if f.is_dir()), root / "unlabeled2017")
+    bases = (root / "COCO2017_unlabeled", root)
+    folder = next((base / "unlabeled2017" for base in bases if (base / "unlabeled2017").is_dir()), root / "unlabeled2017")
     files = {str(int(stem)): file for stem, file in files_by_stem(folder).items() if stem.isdigit()}
+    listing = next((base / "annotations" / "image_info_unlabeled2017.json" for base in bases if (base / "annotations" / "image_info_unlabeled2017.json").exists()), None)
+    listed = {str(image["id"]) for image in read_json(listing, "circo")["images"]} if listing else set(files)
     named = {str(row["reference_img_id"]) for row in rows} | {str(name) for row in rows for name in row.get("gt_img_ids", [])}
-    return CIRDataset("circo", split, [circo_triplet(row) for row in rows], {"all": sorted(files.keys() | named, key=int)}, root, files)
+    return CIRDataset("circo", split, [circo_triplet(row) for row in rows], {"all": sorted(listed | named, key=int)}, root, files)
 
 # %% ../nbs/02_data.ipynb #9e903307
 def circo_triplet(row: dict) -> Triplet:
@@ -288,12 +323,10 @@ READERS = {"fashioniq": load_fashioniq, "cirr": load_cirr, "circo": load_circo, 
 def load_dataset(name: str, root: Path | str | None = None, split: str = "train", size: str = "full") -> CIRDataset:
     "A split by data set name; without `root` from the data folder, or a garments sample in the same layout (`.data == 'sample'`)."
     if name not in READERS: raise DataError(f"unknown data set {name!r}; known: {', '.join(READERS)}")
-    if name == "garments": return load_garments(root or make_garments(size=size), split)
+    if name == "garments": return complete(load_garments(root or make_garments(size=size), split))
     if root is not None or (data_folder() / name).exists(): return complete(READERS[name](root or data_folder() / name, split))
     if name == "circo": raise DataError(f"{data_folder() / name} is missing and has no stand-in: {GET[name]}")
-    dataset = READERS[name](make_garments(size=size) / name, split)
-    dataset.data = "sample"
-    return dataset
+    return complete(READERS[name](make_garments(size=size) / name, split))
 
 # %% ../nbs/02_data.ipynb #7e04aac6
 def complete(dataset: CIRDataset) -> CIRDataset:
@@ -330,8 +363,9 @@ class ImageReport:
 def verify_images(dataset: CIRDataset, progress: bool = True) -> ImageReport:
     "Open every picture of a data set; report all that are missing or unreadable."
     def problem(name):
-        try: open_image(dataset.files[name]).load()
+        try: size = open_image(dataset.files[name]).size
         except DataError as error: return str(error)
+        if min(size) < 8: return f"{dataset.files[name]} is {size[0]} x {size[1]} pixels, a placeholder: get the file again"
     present = [name for name in dataset.gallery if name in dataset.files]
     with ThreadPoolExecutor(4) as pool: problems = list(tqdm(pool.map(problem, present), total=len(present), desc="verifying", disable=not progress))
     return ImageReport(len(dataset.gallery), [n for n in dataset.gallery if n not in dataset.files], {n: p for n, p in zip(present, problems) if p})
@@ -343,9 +377,9 @@ def main(arguments: list[str] | None = None) -> int:
     verify = parser.add_subparsers(required=True).add_parser("verify", help="open every picture of a data set")
     verify.add_argument("--dataset", choices=list(READERS), required=True)
     verify.add_argument("--root", required=True)
-    verify.add_argument("--split", nargs="+", help="default: train and val (circo: val)")
+    verify.add_argument("--split", nargs="+", help="default: all that training, evaluation and submission need")
     chosen, healthy = parser.parse_args(arguments), True
-    for split in chosen.split or (["val"] if chosen.dataset == "circo" else ["train", "val"]):
+    for split in chosen.split or {"circo": ["val", "test"], "cirr": ["train", "val", "test1"]}.get(chosen.dataset, ["train", "val"]):
         try: report = verify_images(READERS[chosen.dataset](chosen.root, split))
         except DataError as problem: report, healthy = problem, False
         else: healthy &= report.ok

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'MEAN', 'STD', 'Pictures', 'draw_pictures', 'normalised', 'augmented', 'Teacher', 'GridHead', 'FlatHead',
            'answer_loss', 'accuracies', 'optimise', 'train_teacher', 'small_config', 'make_tokenizer', 'new_encoder',
-           'grid_positions', 'initialise_tower', 'train_tower', 'train_qformer', 'encode_pictures', 'probe',
-           'retrieval_agreement', 'examine', 'save_encoder', 'PretrainConfig']
+           'grid_positions', 'initialise_tower', 'train_tower', 'similar_rows', 'train_qformer', 'encode_pictures',
+           'probe', 'retrieval_agreement', 'examine', 'save_encoder', 'PretrainConfig']
 
 # %% ../nbs/09_pretraining.ipynb #10cccbfe
-import math, re, string
+import itertools, math, re, string
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,13 +209,23 @@ def train_tower(encoder: Blip2Encoder, teacher: Teacher, pictures: Pictures, ste
     return losses
 
 # %% ../nbs/09_pretraining.ipynb #d19133ff
+def similar_rows(labels: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    "Rows of one category and two colours; labels (N,6) in the order of QUESTIONS."
+    category = torch.randint(len(CATEGORIES), (1,), generator=generator)
+    colours = torch.randperm(len(ATTRIBUTES["colour"]), generator=generator)[:2]
+    rows = ((labels[:, 0] == category) & torch.isin(labels[:, 1], colours)).nonzero().flatten()
+    return rows[torch.randperm(len(rows), generator=generator)[:batch_size]]
+
+# %% ../nbs/09_pretraining.ipynb #aab4df35
 def train_qformer(encoder: Blip2Encoder, tokens: Tensor, pictures: Pictures, steps: int, seed: int, batch_size: int = 64, lr: float = 2.5e-3) -> list[float]:
     "Stage three: match frozen picture tokens (N,P,W) with descriptions. Returns the losses and sets the encoder's temperature."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "qformer head").initial_seed())
         head, log_temperature = FlatHead(8 * 64), nn.Parameter(torch.tensor(math.log(0.07)))
     words, scale = np.random.default_rng([seed, 3]), nn.ParameterList([log_temperature])
+    count = itertools.count()
     def loss(rows, chance):
+        if next(count) >= 0.4 * steps and torch.rand(1, generator=chance) < 0.5: rows = similar_rows(pictures.labels, batch_size, chance)
         embedded, labels = encoder.encode_target(tokens[rows]), pictures.labels[rows]
         described = encoder.encode_text(*encoder.tokenize([caption_of(pictures.garments[row], words) for row in rows]))
         scores = torch.einsum("itd,jd->ijt", embedded, described).amax(-1) / log_temperature.exp()

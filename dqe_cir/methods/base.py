@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..data import Triplet, clean_caption, join_captions, random_captions
+from ..data import Triplet, caption_text, clean_caption, random_captions
 from ..encoder import Blip2Encoder
 from ..retrieval import similarity
 
@@ -68,7 +68,7 @@ class Method(nn.Module):
 
     def query_text(self, triplet: Triplet) -> str:
         "The text of a query at evaluation: all captions, in the order of the file."
-        return clean_caption(join_captions(*triplet.captions) if len(triplet.captions) > 1 else triplet.captions[0])
+        return clean_caption(caption_text(triplet.captions))
 
 # %% ../../nbs/methods/00_base.ipynb #6a5b6843
 def parameter_groups(method: Method, learning_rate: float, weight_decay: float, fast: float = 10.0) -> list[dict]:
