@@ -68,11 +68,13 @@ def checked(config_class: type, values: dict):
 # %% ../nbs/00_core.ipynb #9efd8e94
 def write_json(path: Path, value) -> Path:
     "Write JSON so that a reader finds the old file or the new one, never a part."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, indent=1) + "\n"
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file: file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    path, text = Path(path), json.dumps(value, indent=1) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    finally: part.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/00_core.ipynb #226192ff

@@ -214,7 +214,7 @@ def load_fashioniq(root: Path | str, split: str, categories: tuple[str, ...] = (
 # %% ../nbs/02_data.ipynb #14fcd375
 def fashioniq_triplets(rows: list[dict], category: str, split: str, gallery: set[str], path: Path) -> list[Triplet]:
     "The triplets of one caption file."
-    if not isinstance(rows, list): raise DataError(f"{path} must hold a list of triplets, not a {type(rows).__name__}: get the file again")
+    if not isinstance(rows, list): raise DataError(f"{path} must hold a list of triplets: get the file again")
     triplets = []
     for i, row in enumerate(rows):
         where = f"{path}, row {i}"
@@ -232,6 +232,7 @@ def fashioniq_fields(row: dict, where: str, needs_target: bool) -> tuple[str, st
     target, captions = row.get("target") or None, tuple(row["captions"])
     if needs_target and target is None: raise DataError(f"{where} has no target: only the test split may leave it out")
     if target == row["candidate"]: raise DataError(f"{where}: the target is the reference itself; remove the row")
+    if len(captions) != 2: raise DataError(f"{where} has {len(captions)} captions instead of two: get the file again")
     if not any(map(stripped, captions)): raise DataError(f"{where}: every caption is empty; remove the row or write a caption")
     return row["candidate"], target, captions
 
@@ -263,6 +264,8 @@ def load_cirr(root: Path | str, split: str) -> CIRDataset:
 # %% ../nbs/02_data.ipynb #b1b9d99b
 def cirr_triplet(row: dict, gallery, where: str) -> Triplet:
     "One row of a CIRR caption file."
+    lacking = [name for name in ("reference", "caption", "img_set") if not row.get(name) and name != "caption"]
+    if lacking or not isinstance(row.get("caption"), str): raise DataError(f"{where} has no {(lacking or ['caption'])[0]}: get the file again")
     reference, target = known(row["reference"], gallery, where), row.get("target_hard")
     if target and not stripped(row["caption"]): raise DataError(f"{where}: the caption is empty; remove the row or write one")
     soft = {name for name, value in (row.get("target_soft") or {}).items() if value > 0 and name != reference}
@@ -275,7 +278,7 @@ def cirr_files(root: Path, paths: dict[str, str]) -> dict[str, Path]:
     "Files of CIRR's images: below the root, or its `img_raw`, `images` or `dev`-like folders, with any extension."
     folders, files = {}, {}
     for name, relative in paths.items():
-        for base in (root, root / "img_raw", root / "images", root.parent / "img_raw"):
+        for base in (root, root / "img_raw", root / "images", root / "cirr", root / "cirr" / "img_raw"):
             place = (base / relative).parent
             if place not in folders: folders[place] = files_by_stem(place)
             if name in folders[place]:
@@ -295,13 +298,15 @@ def load_circo(root: Path | str, split: str) -> CIRDataset:
     files = {str(int(stem)): file for stem, file in files_by_stem(folder).items() if stem.isdigit()}
     listing = next((base / "annotations" / "image_info_unlabeled2017.json" for base in bases if (base / "annotations" / "image_info_unlabeled2017.json").exists()), None)
     listed = {str(image["id"]) for image in read_json(listing, "circo")["images"]} if listing else set(files)
-    named = {str(row["reference_img_id"]) for row in rows} | {str(name) for row in rows for name in row.get("gt_img_ids", [])}
+    named = {str(row["reference_img_id"]) for row in rows} | {str(name) for row in rows for name in row.get("gt_img_ids") or []}
     return CIRDataset("circo", split, [circo_triplet(row) for row in rows], {"all": sorted(listed | named, key=int)}, root, files)
 
 # %% ../nbs/02_data.ipynb #9e903307
 def circo_triplet(row: dict) -> Triplet:
     "One row of a CIRCO annotation file."
-    target, truths = row.get("target_img_id"), row.get("gt_img_ids", [])
+    if row.get("reference_img_id") is None or not stripped(row.get("relative_caption") or ""):
+        raise DataError(f"CIRCO query {row.get('id')} has no reference_img_id or no relative_caption: get the file again")
+    target, truths = row.get("target_img_id"), row.get("gt_img_ids") or []
     return Triplet(str(row["reference_img_id"]), None if target is None else str(target), (row["relative_caption"],),
                    pair_id=str(row["id"]), positives=frozenset(map(str, truths)))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'ATTRIBUTES', 'SHAPE_ATTRIBUTES', 'WIDTHS', 'TOPS', 'BOTTOMS', 'FLARES', 'RGB', 'LIGHTNESS', 'SHADES',
-           'SAID', 'COMPARED', 'ABSENT', 'COMPARED_SHARE', 'ABSENT_SHARE', 'NOUNS', 'OPENINGS', 'SIZES',
+           'SAID', 'COMPARED', 'ABSENT', 'COMPARED_SHARE', 'ABSENT_SHARE', 'NOUNS', 'OPENINGS', 'COMPARATIVES', 'SIZES',
            'HELD_OUT_SHARE', 'HELD_OUT_IN_VAL', 'MENTION_COUNTS', 'DRIFT_SHARE', 'VERSION', 'Garment', 'Pose',
            'body_outline', 'sleeve_outlines', 'is_light', 'faded', 'cloth_colour', 'pattern_mask', 'draw_neckline',
            'draw_details', 'background', 'camera', 'woven', 'draw_garment', 'trim_colours', 'Mention',
@@ -12,10 +12,10 @@ __all__ = ['CATEGORIES', 'ATTRIBUTES', 'SHAPE_ATTRIBUTES', 'WIDTHS', 'TOPS', 'BO
            'caption_of', 'caption_corpus', 'allowed_values', 'is_relevant', 'codes', 'relevant_rows', 'combinations',
            'sample_images', 'Query', 'differing_targets', 'sample_queries', 'mentions_between', 'right_answers',
            'World', 'make_world', 'write_fashioniq', 'cirr_names', 'similar_group', 'group_query', 'cirr_queries',
-           'write_cirr', 'render', 'render_all', 'fingerprint', 'build', 'link', 'make_garments', 'alive']
+           'write_cirr', 'render', 'render_all', 'fingerprint', 'build', 'link', 'make_garments', 'abandoned']
 
 # %% ../nbs/01_garments.ipynb #481325bc
-import colorsys, hashlib, json, math, os, shutil, zlib
+import colorsys, hashlib, json, math, os, shutil, tempfile, zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -294,12 +294,15 @@ def mention_of(attribute: str, reference: str, target: str, rng: np.random.Gener
 NOUNS = {"dress": ("dress", "gown"), "shirt": ("shirt", "button down"), "toptee": ("top", "tee", "blouse")}
 OPENINGS = ("{said}", "{said}", "{said}", "{said}", "it {said}", "the {noun} {said}", "this {noun} {said}", "i want one that {said}", "{said} than the other one")
 
+COMPARATIVES = {"darker", "lighter", "longer", "shorter", "more", "less"}
+
 def sentence(mentions: list[Mention], category: str, rng: np.random.Generator) -> str:
     "One caption that says all the mentions, in the order given."
     pick = lambda options: options[rng.integers(len(options))]
     said = pick((" and ", " and ", ", ")).join(pick(mention.phrases) for mention in mentions)
     if len(mentions) > 1: said = said.replace(" and has ", pick((" and has ", " and ", " with "))) if rng.uniform() < 0.3 else said
-    opening = pick(OPENINGS) if any("er" in word for word in said.split()) else pick(OPENINGS[:-1])
+    compares = any(word in COMPARATIVES for word in said.split())
+    opening = pick(OPENINGS if compares else OPENINGS[:-1])
     text = opening.format(said=said, noun=pick(NOUNS[category]))
     if rng.uniform() < 0.25: text = text[0].upper() + text[1:]
     return text + ("." if rng.uniform() < 0.15 else "")
@@ -406,16 +409,20 @@ def differing_targets(table: np.ndarray, row: int, rng: np.random.Generator) -> 
     return np.flatnonzero(((table != table[row]) == changed).all(1)), order[:asked]
 
 # %% ../nbs/01_garments.ipynb #f1aa4989
-def sample_queries(images: dict[str, Garment], count: int, rng: np.random.Generator, used: set[str] = frozenset()) -> list[Query]:
-    "`count` queries over the images of one category; no target twice, none of `used`."
-    names, table, queries, taken = list(images), codes(list(images.values())), [], set(used)
+def sample_queries(images: dict[str, Garment], count: int, rng: np.random.Generator, others: list[Query] = ()) -> list[Query]:
+    "`count` queries over the images of one category; no target twice, and neither target nor question of `others`."
+    names, table, queries = list(images), codes(list(images.values())), []
+    question = lambda query: (query.reference, frozenset((m.attribute, m.allowed) for m in query.mentions))
+    taken, asked_before = {query.target for query in others}, {question(query) for query in others}
     while len(queries) < count:
         row = rng.integers(len(names))
         rows, asked = differing_targets(table, row, rng)
         free = [i for i in rows if names[i] not in taken]
         if not free: continue
         target = names[free[rng.integers(len(free))]]
-        queries.append(Query(names[row], target, mentions_between(images[names[row]], images[target], asked, rng)))
+        query = Query(names[row], target, mentions_between(images[names[row]], images[target], asked, rng))
+        if question(query) in asked_before: continue
+        queries.append(query)
         taken.add(target)
     return queries
 
@@ -453,8 +460,7 @@ def make_world(size: str, seed: int) -> World:
         held_out |= held
         for split in images: images[split] |= drawn[split]
         queries["train"][category] = sample_queries(drawn["train"], counts["train"], rng)
-        used = {query.target for query in queries["train"][category]}
-        queries["dev"][category] = sample_queries(drawn["train"], counts["dev"], rng, used)
+        queries["dev"][category] = sample_queries(drawn["train"], counts["dev"], rng, queries["train"][category])
         queries["val"][category] = sample_queries(drawn["val"], counts["val"], rng)
     return World(images, held_out, queries)
 
@@ -550,7 +556,7 @@ def render_all(images: dict[str, Garment], folder: Path, seed: int, workers: int
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool: bar(pool.map(importable, jobs, chunksize=50))
 
 # %% ../nbs/01_garments.ipynb #52cbee80
-VERSION = 1
+VERSION = 2
 
 def fingerprint(size: str, seed: int) -> str:
     "Eight hexadecimal digits that stand for version, size and seed."
@@ -584,10 +590,11 @@ def make_garments(folder: Path | str | None = None, size: str = "full", seed: in
     if size not in SIZES: raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
     root = Path(folder or data_folder()) / f"garments-{size}-{fingerprint(size, seed)}"
     if root.exists(): return root
+    root.parent.mkdir(parents=True, exist_ok=True)
     for leftover in root.parent.glob(f"{root.name}.part-*"):
-        if not alive(int(leftover.name.rsplit("-", 1)[1])): shutil.rmtree(leftover)
-    part = root.with_name(f"{root.name}.part-{os.getpid()}")
-    part.mkdir(parents=True)
+        if abandoned(leftover): shutil.rmtree(leftover, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{root.name}.part-{os.getpid()}-", dir=root.parent))
+    part.chmod(0o755)
     try:
         build(part, size, seed, workers, progress)
         try: os.replace(part, root)
@@ -597,9 +604,11 @@ def make_garments(folder: Path | str | None = None, size: str = "full", seed: in
     return root
 
 # %% ../nbs/01_garments.ipynb #27136519
-def alive(process: int) -> bool:
-    "Does a process with this number exist?"
-    try: os.kill(process, 0)
-    except ProcessLookupError: return False
+def abandoned(part: Path) -> bool:
+    "Was an unfinished folder left behind? Its name holds the number of the process that builds it."
+    process = part.name.rsplit(".part-", 1)[1].split("-")[0]
+    if not process.isdigit() or int(process) == os.getpid(): return True
+    try: os.kill(int(process), 0)
+    except ProcessLookupError: return True
     except PermissionError: pass
-    return True
+    return False

@@ -1,5 +1,6 @@
 "Seeds, parameters and records under hostile conditions: what the first notebook only tells the story of."
 import json
+from pathlib import Path
 import threading
 from dataclasses import dataclass
 
@@ -92,9 +93,10 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
 
 def test_a_failing_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = write_json(tmp_path / "results.json", {"mAP": 1})
-    def half(value, file, **_): file.write(json.dumps(value)[:5]); raise OSError("No space left on device")
-    monkeypatch.setattr(json, "dump", half)
+    def half(part, text): part.write_bytes(text.encode()[:5]); raise OSError("No space left on device")
+    monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="No space left"): write_json(path, {"mAP": 2})
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
     assert json.loads(path.read_text()) == {"mAP": 1}
 
 

@@ -17,7 +17,7 @@ from dqe_cir import pretraining
 from dqe_cir.encoder import MINI, load_encoder
 from dqe_cir.garments import ATTRIBUTES, CATEGORIES, Garment, caption_corpus, caption_of, draw_garment
 from dqe_cir.pretraining import (QUESTIONS, GridHead, accuracies, answer_loss, augmented, draw_pictures, encode_pictures,
-                                 make_tokenizer, new_encoder, normalised, optimise, save_encoder, train_qformer, train_teacher, train_tower)
+                                 make_tokenizer, new_encoder, normalised, optimise, save_encoder, similar_rows, train_qformer, train_teacher, train_tower)
 
 COUNTS = [len(values) for values in QUESTIONS.values()]
 
@@ -89,6 +89,15 @@ def test_accuracies_count_right_answers():
     logits = [F.one_hot(torch.zeros(4, dtype=torch.long), count).float() for count in COUNTS]
     logits[2] = F.one_hot(torch.tensor([0, 1, 2, 0]), COUNTS[2]).float()
     assert accuracies(tuple(logits), labels) == {name: 0.5 if i == 2 else 1.0 for i, name in enumerate(QUESTIONS)}
+
+
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 300), size=st.integers(1, 64))
+def test_similar_rows_share_a_category_and_two_colours(seed, count, size):
+    "Also from few pictures, where some category and colours have no picture at all: a batch always has rows."
+    labels = torch.stack([torch.randint(values, (count,), generator=generator(seed + i)) for i, values in enumerate(COUNTS)], 1)
+    rows = similar_rows(labels, size, generator(seed))
+    assert 1 <= len(rows) <= size and len(set(rows.tolist())) == len(rows)
+    assert len(labels[rows, 0].unique()) == 1 and len(labels[rows, 1].unique()) <= 2
 
 
 # ---- stages
