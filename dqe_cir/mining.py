@@ -51,8 +51,9 @@ def refresh(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, seed:
             target, valid = torch.tensor([position[t.target] for t in triplets]), valid_candidates(dataset, triplets, position)
             pools[block] = sampler.pool(scores, target, valid, POOL, generator(seed, "pool", epoch, name, start)).int()
             parts.append(block_report(sampler, scores, target, valid, triplets, ids, dataset))
+    report = {**summed_up(parts), **method_report(method, dataset, tokens), "seconds": round(time.perf_counter() - started, 2)}
     method.train(training)
-    return pools, {**summed_up(parts), **method_report(method, dataset, tokens), "seconds": round(time.perf_counter() - started, 2)}
+    return pools, report
 
 # %% ../nbs/13_mining.ipynb #3964fad4
 def block_report(sampler: Sampler, scores: Tensor, target: Tensor, valid: Tensor, triplets, ids: list[str], dataset: CIRDataset) -> dict[str, Tensor]:

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -114,6 +116,7 @@ def requests(draw):
 def test_two_captions_together_say_the_mentions_and_nothing_else(request):
     reference, target, mentions, rng = request
     first, second = captions = two_captions(mentions, reference.category, rng)
+    for caption in captions: assert "than the other" not in caption or re.search(r"darker|lighter|longer|shorter|more|less", caption)
     assert first.strip(". ") and second.strip(". ") and first.lower().strip(".") != second.lower().strip(".")
     meaning = read(captions, reference)
     assert meaning == {mention.attribute: mention.allowed for mention in mentions}
@@ -237,6 +240,8 @@ def test_queries_keep_to_their_split(size):
         targets = {split: [query.target for query in by[category]] for split, by in world.queries.items()}
         assert all(len(set(names)) == len(names) == SIZES[size]["triplets"][split] for split, names in targets.items())
         assert not set(targets["train"]) & set(targets["dev"])
+        asked = {split: {(query.reference, frozenset((m.attribute, m.allowed) for m in query.mentions)) for query in by[category]} for split, by in world.queries.items()}
+        assert not asked["train"] & asked["dev"]  # not the same question with another target either
         for split, by in world.queries.items():
             shown = world.pictures(split, category)
             assert all(query.reference in shown and query.target in shown and query.reference != query.target for query in by[category])
@@ -430,6 +435,35 @@ def test_what_killed_runs_left_is_cleared_and_living_ones_are_let_be(tmp_path, m
     root = make_garments(tmp_path, "smoke")
     assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}.part-{os.getppid()}"}
     assert (root / "note").read_text() == "whole"
+
+
+def test_a_reused_process_number_is_no_obstacle(tmp_path, monkeypatch):
+    "In a container the run after a killed one often has its number."
+    monkeypatch.setattr(garments, "build", scribble("whole"))
+    name = f"garments-smoke-{fingerprint('smoke', 0)}"
+    for left in (f"{name}.part-{os.getpid()}", f"{name}.part-{os.getpid()}-abc"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "note").write_text("half")
+    assert (make_garments(tmp_path, "smoke") / "note").read_text() == "whole"
+
+
+def test_threads_of_one_process_do_not_disturb_each_other(tmp_path, monkeypatch):
+    "The first is half way when the second begins and ends."
+    half, done = threading.Event(), threading.Event()
+    def build(folder, *_):
+        (folder / "first half").write_text("")
+        if not half.is_set():
+            half.set()
+            assert done.wait(20)
+        (folder / "second half").write_text("")
+    monkeypatch.setattr(garments, "build", build)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(make_garments, tmp_path, "smoke")
+        assert half.wait(20)
+        root = make_garments(tmp_path, "smoke")
+        done.set()
+        assert slow.result() == root
+    assert {path.name for path in root.iterdir()} == {"first half", "second half"}
 
 
 def test_the_slower_of_two_runs_keeps_the_faster_ones_set(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ class Batch:
     texts: list[str]  # B modification texts
     target: Tensor  # (B,P,W) frozen image tokens of the targets
     group: Tensor  # (B,) int64; equal numbers mean equal answers
-    negative: Tensor | None = None  # (B,P,W) tokens of one negative per query
+    negative: Tensor | None = None  # (B,K,P,W) tokens of K explicit negatives per query
     progress: float = 0.0  # share of the training done, 0 to 1
 
     def to(self, device) -> "Batch":
@@ -35,6 +35,7 @@ class Batch:
 class Method(nn.Module):
     "A composed-image retriever: subclass it, write `encode_query` and `losses`, and override a default where a paper differs."
     weights: dict[str, float] = {}  # weight of each loss term; 1 where a term is not named
+    uses_negatives = False  # wants one explicit negative per query
     reduce = "max"  # how an image's T embeddings answer a query
 
     def __init__(self, encoder: Blip2Encoder):

@@ -56,14 +56,14 @@ class DQECIR(Method):
         composed, target = self.composed(batch.reference, batch.texts), self.encode_target(batch.target)
         contrastive = lambda: info_nce(self.score(composed.query, target) / self.temperature, batch.group, self.label_smoothing)
         if batch.negative is None: return {"warm_up": contrastive()}
-        negative = self.encode_target(batch.negative)
+        negative = self.encode_target(batch.negative.flatten(0, 1)).unflatten(0, batch.negative.shape[:2])
         terms = self.pair_terms(composed, target, negative, batch.texts)
         return {**terms, "contrastive": contrastive()} if self.weights["contrastive"] else terms
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #6467b1bb
 def own_score(query: Tensor, images: Tensor) -> Tensor:
-    "Each query (B,D) against its own image (B,T,D), by the best embedding: (B,)."
-    return torch.einsum("bd,btd->bt", query, images).amax(1)
+    "Each query (B,D) against its own images (B,...,T,D), each by its best embedding: (B,...)."
+    return torch.einsum("bd,b...td->b...t", query, images).amax(-1)
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #77f666fb
 def pair_terms(self: DQECIR, composed: ComposedQuery, target: Tensor, negative: Tensor, texts: list[str]) -> dict[str, Tensor]:

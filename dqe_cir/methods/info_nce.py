@@ -9,9 +9,9 @@ __all__ = ['InfoNCE']
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attributes import aligned_target, join_states
 from ..encoder import Blip2Encoder
 from ..losses import info_nce
 from .base import Batch, Method
@@ -20,13 +20,13 @@ from .base import Batch, Method
 class InfoNCE(Method):
     "Joint Q-Former query against the gallery's best token; in-batch softmax with softened labels."
 
-    def __init__(self, encoder: Blip2Encoder, label_smoothing: float = 0.3):
+    def __init__(self, encoder: Blip2Encoder, label_smoothing: float = 0.4, aligned: bool = False):
         super().__init__(encoder)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.aligned = label_smoothing, aligned
         self.log_temperature = nn.Parameter(torch.tensor(math.log(float(encoder.temperature))))
 
     @classmethod
-    def from_config(cls, encoder, config): return cls(encoder, label_smoothing=config.label_smoothing)
+    def from_config(cls, encoder, config): return cls(encoder, config.label_smoothing, config.aligned)
 
     @property
     def temperature(self) -> Tensor: return self.log_temperature.clamp(math.log(0.01), math.log(0.5)).exp()
@@ -34,7 +34,12 @@ class InfoNCE(Method):
     def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
         "(B,P,W) and B texts to unit queries (B,D)."
         fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
-        return F.normalize(self.encoder.text_projection(fused).mean(1), dim=-1)
+        return join_states(self.encoder.text_projection(fused), fused.new_full(fused.shape[:2], 1 / fused.shape[1]), self.aligned)
+
+    def encode_target(self, tokens: Tensor) -> Tensor:
+        "Unit embeddings (N,T,D), or one long vector (N,1,T*D) when aligned."
+        embeddings = self.encoder.encode_target(tokens)
+        return aligned_target(embeddings) if self.aligned else embeddings
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         "One term, `info_nce` (B,)."

@@ -7,8 +7,10 @@ __all__ = ['METHODS']
 
 # %% ../../nbs/methods/90_zoo.ipynb #34be12b8
 from .base import Method
+from .dqe_cir import DQECIR
 from .info_nce import InfoNCE
 
 METHODS: dict[str, type[Method]] = {
     "info_nce": InfoNCE,
+    "dqe_cir": DQECIR,
 }
