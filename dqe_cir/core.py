@@ -110,6 +110,9 @@ def use_static_figures() -> str:
     import plotly.io as pio, shutil
     browser = any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "chrome"))
     static = browser and importlib.util.find_spec("kaleido") is not None and not smoke()
+    if static:
+        import kaleido
+        kaleido.start_sync_server(silence_warnings=True)  # one browser for all figures
     pio.renderers.default = "plotly_mimetype+png" if static else "plotly_mimetype"
     return pio.renderers.default
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'ATTRIBUTES', 'SHAPE_ATTRIBUTES', 'WIDTHS', 'TOPS', 'BOTTOMS', 'FLARES', 'RGB', 'LIGHTNESS', 'SHADES',
-           'SAID', 'COMPARED', 'ABSENT', 'COMPARED_SHARE', 'ABSENT_SHARE', 'NOUNS', 'OPENINGS', 'COMPARATIVES', 'SIZES',
-           'HELD_OUT_SHARE', 'HELD_OUT_IN_VAL', 'MENTION_COUNTS', 'DRIFT_SHARE', 'VERSION', 'Garment', 'Pose',
-           'body_outline', 'sleeve_outlines', 'is_light', 'faded', 'cloth_colour', 'pattern_mask', 'draw_neckline',
-           'draw_details', 'background', 'camera', 'woven', 'draw_garment', 'trim_colours', 'Mention',
+           'SAID', 'COMPARED', 'ABSENT', 'COMPARED_SHARE', 'ABSENT_SHARE', 'NOUNS', 'OPENINGS', 'COMPARATIVES',
+           'NEVER_DRIFTS', 'SIZES', 'HELD_OUT_SHARE', 'HELD_OUT_IN_VAL', 'MENTION_COUNTS', 'DRIFT_SHARE', 'VERSION',
+           'Garment', 'Pose', 'body_outline', 'sleeve_outlines', 'is_light', 'faded', 'cloth_colour', 'pattern_mask',
+           'draw_neckline', 'draw_details', 'background', 'camera', 'woven', 'draw_garment', 'trim_colours', 'Mention',
            'darker_or_lighter', 'named_colour', 'possible_mentions', 'mention_of', 'sentence', 'two_captions',
            'caption_of', 'caption_corpus', 'allowed_values', 'is_relevant', 'codes', 'relevant_rows', 'combinations',
            'sample_images', 'Query', 'differing_targets', 'sample_queries', 'mentions_between', 'right_answers',
@@ -345,12 +345,14 @@ def allowed_values(mentions: list[Mention], reference: Garment) -> tuple[dict[st
     return allowed, [mention.attribute for mention in mentions]
 
 # %% ../nbs/01_garments.ipynb #f1a58977
+NEVER_DRIFTS = ("colour",)
+
 def is_relevant(candidate: Garment, mentions: list[Mention], reference: Garment) -> bool:
     "Does a garment answer the request?"
     if candidate.category != reference.category: return False
     allowed, mentioned = allowed_values(mentions, reference)
     wrong = [name for name in ATTRIBUTES if getattr(candidate, name) not in allowed[name]]
-    return not set(wrong) & set(mentioned) and len(wrong) <= 1
+    return not set(wrong) & {*mentioned, *NEVER_DRIFTS} and len(wrong) <= 1
 
 # %% ../nbs/01_garments.ipynb #96c24c08
 def codes(garments: list[Garment]) -> np.ndarray:
@@ -362,7 +364,7 @@ def relevant_rows(table: np.ndarray, mentions: list[Mention], reference: Garment
     "Which rows of a code table (N,5), all of the reference's category, answer the request: bool (N,)."
     allowed, mentioned = allowed_values(mentions, reference)
     wrong = np.stack([~np.isin(table[:, i], [values.index(v) for v in allowed[name]]) for i, (name, values) in enumerate(ATTRIBUTES.items())], 1)
-    said = np.array([name in mentioned for name in ATTRIBUTES])
+    said = np.array([name in mentioned or name in NEVER_DRIFTS for name in ATTRIBUTES])
     return ~wrong[:, said].any(1) & (wrong.sum(1) <= 1)
 
 # %% ../nbs/01_garments.ipynb #123ba066
@@ -403,10 +405,10 @@ MENTION_COUNTS, DRIFT_SHARE = (0.4, 0.4, 0.2), 0.4
 def differing_targets(table: np.ndarray, row: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     "Rows that differ from `row` in exactly the attributes drawn to change, and which of those are to be mentioned."
     order = rng.permutation(len(ATTRIBUTES))
-    asked = 1 + rng.choice(3, p=MENTION_COUNTS)
-    changed = np.zeros(len(ATTRIBUTES), dtype=bool)
-    changed[order[:asked + (rng.uniform() < DRIFT_SHARE)]] = True
-    return np.flatnonzero(((table != table[row]) == changed).all(1)), order[:asked]
+    asked = order[:1 + rng.choice(3, p=MENTION_COUNTS)]
+    silent = [i for i in order if i not in asked and list(ATTRIBUTES)[i] not in NEVER_DRIFTS]
+    changed = np.isin(np.arange(len(ATTRIBUTES)), [*asked, *silent[:rng.uniform() < DRIFT_SHARE]])
+    return np.flatnonzero(((table != table[row]) == changed).all(1)), asked
 
 # %% ../nbs/01_garments.ipynb #f1aa4989
 def sample_queries(images: dict[str, Garment], count: int, rng: np.random.Generator, others: list[Query] = ()) -> list[Query]:
@@ -500,7 +502,7 @@ def group_query(garments: list[Garment], table: np.ndarray, row: int, rng: np.ra
     different = [other for other in members[1:] if (table[other] != table[row]).any()]
     if not different: return None
     target = different[rng.integers(len(different))]
-    changed = rng.permutation(np.flatnonzero(table[target] != table[row]))
+    changed = sorted(rng.permutation(np.flatnonzero(table[target] != table[row])), key=lambda i: list(ATTRIBUTES)[i] not in NEVER_DRIFTS)
     asked = changed[:max(1, min(3, len(changed) - (len(changed) > 1 and rng.uniform() < DRIFT_SHARE)))]
     return members, target, mentions_between(garments[row], garments[target], asked, rng)
 
@@ -556,7 +558,7 @@ def render_all(images: dict[str, Garment], folder: Path, seed: int, workers: int
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool: bar(pool.map(importable, jobs, chunksize=50))
 
 # %% ../nbs/01_garments.ipynb #52cbee80
-VERSION = 2
+VERSION = 3
 
 def fingerprint(size: str, seed: int) -> str:
     "Eight hexadecimal digits that stand for version, size and seed."
@@ -607,7 +609,7 @@ def make_garments(folder: Path | str | None = None, size: str = "full", seed: in
 def abandoned(part: Path) -> bool:
     "Was an unfinished folder left behind? Its name holds the number of the process that builds it."
     process = part.name.rsplit(".part-", 1)[1].split("-")[0]
-    if not process.isdigit() or int(process) == os.getpid(): return True
+    if not process.isdigit(): return True
     try: os.kill(int(process), 0)
     except ProcessLookupError: return True
     except PermissionError: pass

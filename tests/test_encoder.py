@@ -149,7 +149,7 @@ def test_checkpoint_of_zeros_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["no/such/folder/here", "nofolder_and_no_hub_id_at_all!", "missing.pth"])
 def test_unknown_encoders_give_one_clear_line(name, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the environment variable is read at import only
     with pytest.raises(DataError) as caught: load_encoder(name, device="cpu")
     assert name in str(caught.value) and "\n" not in str(caught.value)
 

@@ -150,11 +150,12 @@ def test_relative_requests_keep_their_share(attribute, reference, target, share)
 # ---- what answers a request
 
 def loop_answers(meaning, reference, images):
-    "The definition: every request met, at most one unmentioned attribute off, the category kept, the reference itself out."
+    "The definition: every request met, colour kept unless asked for, at most one other unmentioned attribute off, the reference itself out."
     truth, right = images[reference], set()
     for name, shown in images.items():
         if name == reference or shown["category"] != truth["category"]: continue
         if any(shown[a] not in allowed for a, allowed in meaning.items()): continue
+        if "colour" not in meaning and shown["colour"] != truth["colour"]: continue
         if sum(shown[a] != truth[a] for a in ATTRIBUTES if a not in meaning) <= 1: right.add(name)
     return right
 

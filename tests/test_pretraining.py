@@ -197,10 +197,14 @@ def record(): return json.loads(RECORD.read_text())
 
 
 def test_recorded_figures_reach_the_goals(record):
-    "Goals on unseen pictures: grid probe .95 on every attribute, mean-token probe and retrieval .90 on the neckline, 20 minutes."
+    "Goals on unseen pictures: grid probe .95 on every attribute, mean-token probe and retrieval .90 on the neckline."
     figures = record["figures"]
     assert all(figures["grid probe"][name] >= 0.95 for name in ATTRIBUTES)
     assert figures["mean probe"]["neckline"] >= 0.9 and figures["retrieval agreement"]["neckline"] >= 0.9
+
+
+def test_recorded_run_took_at_most_twenty_minutes(record):
+    "Of the record, not of this machine: what `make pretrain` promises has to be shown once."
     assert sum(record["seconds"].values()) <= 1200
 
 
