@@ -111,7 +111,8 @@ def use_static_figures() -> str:
     browser = any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "chrome"))
     static = browser and importlib.util.find_spec("kaleido") is not None and not smoke()
     if static:
-        import kaleido
+        import kaleido, warnings
+        warnings.filterwarnings("ignore", "The kopts argument is ignored")
         kaleido.start_sync_server(silence_warnings=True)  # one browser for all figures
     pio.renderers.default = "plotly_mimetype+png" if static else "plotly_mimetype"
     return pio.renderers.default

@@ -298,7 +298,7 @@ class PretrainConfig:
     seed: int = 0
     pictures: int = 8100  # drawn for training
     probe_pictures: int = 2100  # drawn for the tests, never trained on
-    teacher_steps: int = 300
+    teacher_steps: int = 350
     tower_steps: int = 1300
     qformer_steps: int = 900
     folder: str = "runs/mini"  # where the model goes; dqe_cir/assets/mini replaces the one that ships

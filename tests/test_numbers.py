@@ -1,0 +1,53 @@
+"Every number of the README's results table is the mean of the records it names."
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "data" / "results"
+
+
+def records(pattern):
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))]
+    assert found, f"no record fits {pattern}"
+    return found
+
+
+def rows():
+    "Rows `| system | R@1 | ... | records |` of the README's results table, as (system, metric names, cells, record pattern)."
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| system |"))
+    names = [cell.strip() for cell in lines[start].strip("|").split("|")]
+    for line in lines[start + 2:]:
+        if not line.startswith("|"): return
+        cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+        yield cells[0], names[1:-1], cells[1:-1], cells[-1].strip("`")
+
+
+@pytest.mark.parametrize("system, names, cells, pattern", list(rows()), ids=lambda value: value if isinstance(value, str) else "")
+def test_readme_figures_have_records(system, names, cells, pattern):
+    found = records(pattern)
+    assert all(record["data"] == "garments" and record["split"] == "val" for record in found)
+    for name, cell in zip(names, cells, strict=True):
+        values = [record["metrics"] if system == record["method"] else record["reference_points"][system] for record in found]
+        values = [metrics[name] for metrics in values]
+        mean = sum(values) / len(values)
+        stated = re.match(r"([\d.]+)(?: ± ([\d.]+))?$", cell)
+        assert float(stated[1]) == round(mean, 1), (system, name, mean)
+        if stated[2]: assert float(stated[2]) == round((sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5, 1), (system, name)
+
+
+def test_every_record_says_what_it_is():
+    for record in records("garments-*.json"):
+        assert {"dataset", "data", "split", "protocol", "method", "encoder", "seed", "metrics", "environment"} <= set(record)
+
+
+def test_the_baseline_is_as_strong_and_the_benchmark_as_hard_as_stated():
+    found = records("garments-info_nce-seed*.json")
+    assert len(found) >= 3 and len({record["seed"] for record in found}) == len(found)
+    mean = lambda pick: sum(pick(record) for record in found) / len(found)
+    assert mean(lambda r: r["metrics"]["mAP"]) >= 55 and mean(lambda r: r["metrics"]["R@10"]) >= 70
+    bars = {"image only": 10, "text only": 25, "late fusion": 30, "joint, untrained": 12}
+    for name, bar in bars.items(): assert mean(lambda r: r["reference_points"][name]["mAP"]) < bar, name
