@@ -1,0 +1,101 @@
+"Samplers on random scores: what is never drawn, what does not change the choice, and QuRe's rule against figures from its own code."
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dqe_cir.core import generator
+from dqe_cir.sampler import Hardest, MidZone, Random, ScoreDropBand
+
+SAMPLERS = {"quantile": MidZone(), "absolute": MidZone("absolute"), "meanstd": MidZone("meanstd"), "random": Random(), "hardest": Hardest(),
+            "qure": ScoreDropBand(), "qure_window": ScoreDropBand(window=5)}
+each = pytest.mark.parametrize("name", list(SAMPLERS))
+
+
+@st.composite
+def scored(draw):
+    "Scores with ties, a target per row, and which candidates are valid."
+    rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 12))
+    seed = draw(st.integers(0, 10_000))
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(rows, columns)) if draw(st.booleans()) else rng.integers(0, 4, (rows, columns)) / 4
+    return torch.tensor(scores).float(), torch.tensor(rng.integers(0, columns, rows)), torch.tensor(rng.random((rows, columns)) < draw(st.sampled_from([0.0, 0.5, 1.0])))
+
+
+@each
+@given(case=scored())
+def test_only_valid_non_targets_are_ever_drawn(name, case):
+    scores, target, valid = case
+    sampler = SAMPLERS[name]
+    zone, drawn = sampler.zone(scores, target, valid), sampler.draw(scores, target, valid, generator(0))
+    assert not (zone & ~valid).any() and not zone.gather(1, target[:, None]).any()
+    for row, pick in enumerate(drawn.tolist()):
+        others = [i for i in valid[row].nonzero().flatten().tolist() if i != target[row]]
+        assert (pick in others) if others else pick == -1
+        if zone[row].any(): assert zone[row, pick]
+
+
+@each
+@given(case=scored())
+def test_a_row_does_not_depend_on_its_neighbours(name, case):
+    if name == "meanstd": return  # its bounds are pooled over the queries, by definition
+    scores, target, valid = case
+    together = SAMPLERS[name].zone(scores, target, valid)
+    for row in range(len(scores)):
+        assert torch.equal(SAMPLERS[name].zone(scores[row:row + 1], target[row:row + 1], valid[row:row + 1])[0], together[row])
+
+
+@pytest.mark.parametrize("name", ["quantile", "random", "hardest", "qure"])
+@given(case=scored(), shift=st.integers(-8, 8), scale=st.sampled_from([0.25, 2.0, 8.0]))
+def test_shift_and_positive_scale_change_nothing(name, case, shift, scale):
+    scores, target, valid = case
+    scores = (scores * 64).round() / 64  # exact in float32, so that rounding makes no ties and breaks none
+    assert torch.equal(SAMPLERS[name].zone(scores * scale + shift, target, valid), SAMPLERS[name].zone(scores, target, valid))
+
+
+@each
+def test_nan_names_the_query(name):
+    scores = torch.zeros(3, 4)
+    scores[2, 1] = torch.nan
+    with pytest.raises(ValueError, match="query row 2"): SAMPLERS[name].zone(scores, torch.zeros(3, dtype=torch.long), torch.ones(3, 4, dtype=torch.bool))
+
+
+@given(case=scored())
+def test_the_quantile_zone_against_a_loop(case):
+    scores, target, valid = case
+    sampler, zone = MidZone(guard=0.0, smallest=2), MidZone(guard=0.0, smallest=2).zone(*case)
+    for row in range(len(scores)):
+        delta = scores[row, target[row]] - scores[row]
+        below = sorted((i for i in range(len(delta)) if valid[row, i] and i != target[row] and delta[i] > 0), key=lambda i: (delta[i].item(), i))
+        first = int(np.ceil(np.float32(sampler.low) * len(below)))
+        last = min(len(below), max(int(np.ceil(np.float32(sampler.high) * len(below))), first + 2))
+        assert set(zone[row].nonzero().flatten().tolist()) == set(below[min(first, max(0, last - 2)):last])
+
+
+def test_fallbacks_are_counted_by_rung():
+    scores, valid = torch.tensor([[1.0, 0.99, 0.98, 0.97], [0.0, 1.0, 2.0, 3.0], [1.0, 5.0, 5.0, 5.0]]), torch.ones(3, 4, dtype=torch.bool)
+    valid[2, 1:] = False
+    eligible, rung = MidZone(guard=50.0).rungs(scores, torch.zeros(3, dtype=torch.long), valid)
+    assert rung.tolist() == [1, 3, -1] and eligible[0, 1:].any() and eligible[1, 1:].all() and not eligible[2].any()
+
+
+@pytest.mark.parametrize("threshold", [1, 3])
+@pytest.mark.parametrize("family", ["gauss", "uniform", "exponential", "three_bands", "two_cliffs", "adjacent_cliffs"])
+def test_qures_band_equals_the_reference(golden, family, threshold):
+    stored = np.load(golden("qure_hard_negatives.npz"))
+    scores, target = torch.from_numpy(stored[f"{family}_scores"]).float(), torch.from_numpy(stored[f"{family}_target"]).long()
+    zone = ScoreDropBand(threshold).zone(scores, target, torch.ones_like(scores, dtype=torch.bool))
+    ends = np.cumsum(stored[f"{family}_thr{threshold}_count"])
+    expected = np.split(stored[f"{family}_thr{threshold}_candidates"], ends[:-1])
+    assert [sorted(row.nonzero().flatten().tolist()) for row in zone] == [sorted(part.tolist()) for part in expected]
+
+
+def test_qures_band_on_short_rows(golden):
+    stored = np.load(golden("qure_hard_negatives.npz"))
+    for scores, target, count, threshold, first, last in zip(*(stored[f"small_{name}"] for name in ("scores", "target", "n", "threshold", "first", "last")), strict=True):
+        row = torch.from_numpy(scores[:count]).float()[None]
+        zone = ScoreDropBand(int(threshold)).zone(row, torch.tensor([int(target)]), torch.ones_like(row, dtype=torch.bool))[0]
+        order = row[0].argsort(descending=True, stable=True).tolist()
+        expected = set() if first == -2 else set(order[first:last + 1]) - {int(target)}
+        assert set(zone.nonzero().flatten().tolist()) == expected
