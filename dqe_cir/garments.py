@@ -15,7 +15,7 @@ __all__ = ['CATEGORIES', 'ATTRIBUTES', 'SHAPE_ATTRIBUTES', 'WIDTHS', 'TOPS', 'BO
            'write_cirr', 'render', 'render_all', 'fingerprint', 'build', 'link', 'make_garments', 'abandoned']
 
 # %% ../nbs/01_garments.ipynb #481325bc
-import colorsys, hashlib, json, math, os, shutil, tempfile, zlib
+import colorsys, hashlib, math, os, shutil, tempfile, zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context

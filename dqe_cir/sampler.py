@@ -7,8 +7,6 @@ __all__ = ['ZONES', 'relative_scores', 'candidates_below', 'masked_std', 'positi
            'possible_negatives', 'MidZone', 'Random', 'Hardest', 'drop_band', 'ScoreDropBand']
 
 # %% ../nbs/08_sampler.ipynb #dc063021
-import math
-
 import torch
 from torch import Tensor
 

@@ -13,7 +13,6 @@ import plotly.graph_objects as go
 from IPython.display import HTML, Markdown
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .core import use_static_figures
 from .data import CIRDataset
 
 # %% ../nbs/12_show.ipynb #12157fc5

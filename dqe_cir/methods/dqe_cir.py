@@ -23,7 +23,7 @@ class DQECIR(Method):
     "Attribute-aware queries trained on one target relative negative each."
     uses_negatives = True
 
-    def __init__(self, encoder: Blip2Encoder, mode: str = "learned", aligned: bool = False, smoothing: float = 0.0, label_smoothing: float = 0.4,
+    def __init__(self, encoder: Blip2Encoder, mode: str = "learned", aligned: bool = False, smoothing: float = 0.0, label_smoothing: float = 0.2,
                  preference: float = 1.0, ranking: float = 0.5, attribute: float = 0.25, contrastive: float = 0.0):
         super().__init__(encoder)
         self.compose = AttributeWeights(encoder.text_projection, mode=mode, aligned=aligned)

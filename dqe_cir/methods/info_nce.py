@@ -20,7 +20,7 @@ from .base import Batch, Method
 class InfoNCE(Method):
     "Joint Q-Former query against the gallery's best token; in-batch softmax with softened labels."
 
-    def __init__(self, encoder: Blip2Encoder, label_smoothing: float = 0.4, aligned: bool = False):
+    def __init__(self, encoder: Blip2Encoder, label_smoothing: float = 0.2, aligned: bool = False):
         super().__init__(encoder)
         self.label_smoothing, self.aligned = label_smoothing, aligned
         self.log_temperature = nn.Parameter(torch.tensor(math.log(float(encoder.temperature))))
