@@ -120,6 +120,13 @@ class NegativePool:
         ids = self.ids[triplet.category] if len(self.ids) > 1 else next(iter(self.ids.values()))
         return ids[pool[turn % size]]
 
+    def false_negatives(self, epoch: int) -> float | None:
+        "Percent of the negatives drawn in an epoch that answer their query after all; None before the first refresh or where the truth is unknown."
+        if self.pools is None or not self.dataset.relevant: return None
+        drawn = self.draw(range(len(self.dataset.triplets)), epoch)
+        wrong = [name in self.dataset.relevant[t.pair_id] for t, names in zip(self.dataset.triplets, drawn) for name in names if name is not None]
+        return round(100 * sum(wrong) / max(1, len(wrong)), 2)
+
 # %% ../nbs/13_mining.ipynb #99f53127
 def overlap(old: Tensor, new: Tensor) -> float:
     "Mean Jaccard overlap of the pools (Q,POOL) of two refreshes."

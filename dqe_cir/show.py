@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STAMPS', 'FRAMES', 'line_figure', 'loss_figure', 'metric_figure', 'refresh_figure', 'table_title',
-           'metrics_table', 'banner', 'framed', 'verdict', 'contact_sheet', 'request_text', 'evenly_spaced']
+           'text_table', 'metrics_table', 'banner', 'framed', 'verdict', 'contact_sheet', 'request_text',
+           'evenly_spaced']
 
 # %% ../nbs/12_show.ipynb #6a276c9d
 import textwrap
@@ -60,15 +61,19 @@ def table_title(dataset: CIRDataset, protocol: str) -> str:
     return f"{dataset.name} {dataset.split}{f' ({stamp})' if stamp else ''} · {len(dataset.triplets):,} queries · {protocol}"
 
 # %% ../nbs/12_show.ipynb #e4e5aec9
-def metrics_table(rows: dict[str, dict[str, float]], columns: list[str], title: str, bold: str | None = None) -> Markdown:
-    "A Markdown table: one row per system, percent with one decimal, a dash where a system has no such figure."
-    cell = lambda value: "–" if value is None else f"{value:.1f}"
+def text_table(rows: dict[str, dict[str, str]], columns: list[str], title: str, bold: str | None = None) -> Markdown:
+    "A Markdown table of ready-made cells, one row per system; a dash where a system has no such cell."
     lines = [f"**{title}**", "", "| | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
     for name, values in rows.items():
-        cells = [cell(values.get(column)) for column in columns]
+        cells = [values.get(column) or "–" for column in columns]
         if name == bold: name, cells = f"**{name}**", [f"**{text}**" for text in cells]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return Markdown("\n".join(lines))
+
+# %% ../nbs/12_show.ipynb #aae398d6
+def metrics_table(rows: dict[str, dict[str, float]], columns: list[str], title: str, bold: str | None = None) -> Markdown:
+    "The same for figures in percent, with one decimal."
+    return text_table({name: {key: f"{value:.1f}" for key, value in values.items() if value is not None} for name, values in rows.items()}, columns, title, bold)
 
 # %% ../nbs/12_show.ipynb #13af2da1
 def banner(text: str) -> HTML:

@@ -31,11 +31,11 @@ from .sampler import ZONES, Hardest, MidZone, Random, ScoreDropBand
 
 # %% ../nbs/10_trainer.ipynb #19f0063d
 PRESETS = {
-    "mini": dict(epochs=28, lr=1.2e-3, batch_size=64, label_smoothing=0.2, aligned=True, warmup_epochs=8, refresh_every=4),
-    "fashioniq": dict(epochs=30, lr=5e-6, batch_size=32, label_smoothing=0.1, aligned=False, warmup_epochs=5, refresh_every=5),
-    "cirr": dict(epochs=50, lr=1e-5, batch_size=32, label_smoothing=0.1, aligned=False, warmup_epochs=8, refresh_every=8),
+    "mini": dict(epochs=16, lr=2e-3, batch_size=64, label_smoothing=0.2, aligned=True, warmup_epochs=8, refresh_every=4, zone_guard=0.25),
+    "fashioniq": dict(epochs=30, lr=5e-6, batch_size=32, label_smoothing=0.1, aligned=False, warmup_epochs=5, refresh_every=5, zone_guard=0.5),
+    "cirr": dict(epochs=50, lr=1e-5, batch_size=32, label_smoothing=0.1, aligned=False, warmup_epochs=8, refresh_every=8, zone_guard=0.5),
 }
-ZONE_BOUNDS = {"mini": (0.02, 0.10), "fashioniq": (0.005, 0.05), "cirr": (0.001, 0.02)}  # quantile zones: shares of what lies below the target
+ZONE_BOUNDS = {"mini": (0.005, 0.03), "fashioniq": (0.005, 0.05), "cirr": (0.001, 0.02)}  # quantile zones: shares of what lies below the target
 
 # %% ../nbs/10_trainer.ipynb #08ba386e
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PairOptions:
     zone: str = "quantile"  # trns: quantile, absolute or meanstd
     zone_low: float | None = None
     zone_high: float | None = None
-    zone_guard: float = 0.5  # standard deviations below the target that are left out
+    zone_guard: float | None = None  # standard deviations below the target that are left out
     negatives_per_query: int = 1
     warmup_epochs: int | None = None  # contrastive epochs before the first refresh
     refresh_every: int | None = None  # epochs; 0: only once
@@ -61,7 +61,7 @@ class PairOptions:
 class TrainConfig(PairOptions):
     "Every parameter of a training run; None means: take it from the preset."
     dataset: str = "garments"  # garments, fashioniq or cirr
-    method: str = "info_nce"  # a name in METHODS
+    method: str = "dqe_cir"  # a name in METHODS
     encoder: str = "mini"  # mini, a hub id or a local folder
     seed: int = 0
     epochs: int | None = None
@@ -89,6 +89,7 @@ def train_config(values: dict) -> TrainConfig:
             raise ValueError(f"unknown {name} {getattr(config, name)!r}; choose one of {', '.join(allowed)}")
     kind = "mini" if config.encoder == "mini" or config.dataset == "garments" else config.dataset
     preset = {**PRESETS[kind], **dict(zip(("zone_low", "zone_high"), ZONE_BOUNDS[kind] if config.zone == "quantile" else ZONES[config.zone]))}
+    preset["warmup_epochs"] = min(preset["warmup_epochs"], (config.epochs or preset["epochs"]) // 2)
     config = dataclasses.replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
     for name, lowest in dict(epochs=1, batch_size=2, lr=0, label_smoothing=0, weight_decay=0, evaluate_every=0, warmup_epochs=0,
                               refresh_every=0, negatives_per_query=1).items():
@@ -141,7 +142,7 @@ class TrainingSet:
     "Triplets, the cached image tokens they need, who shares an answer with whom, and where negatives come from."
 
     def __init__(self, dataset: CIRDataset, tokens, negatives: NegativePool | None = None):
-        self.triplets, self.tokens, self.negatives = dataset.triplets, tokens, negatives
+        self.dataset, self.triplets, self.tokens, self.negatives = dataset, dataset.triplets, tokens, negatives
         self.groups = torch.tensor(answer_groups(dataset.triplets))
 
     def batch(self, rows: list[int], method: Method, generator: torch.Generator, progress: float, negative: torch.Tensor | None = None) -> Batch:
@@ -151,6 +152,10 @@ class TrainingSet:
                      texts=[method.training_text(triplet, generator) for triplet in chosen],
                      target=self.tokens[[triplet.target for triplet in chosen]],
                      group=self.groups[rows], negative=negative, progress=progress)
+
+    def false_negatives(self, epoch: int) -> float | None:
+        "Percent of the epoch's mined negatives that are right answers; None where nothing was mined or the right answers are unknown."
+        return None if self.negatives is None else self.negatives.false_negatives(epoch)
 
 # %% ../nbs/10_trainer.ipynb #4e0ca62c
 def negative_tokens(data: TrainingSet, rows: list[int], epoch: int, config: TrainConfig) -> torch.Tensor | None:
@@ -286,8 +291,8 @@ def train_epoch(method, data: TrainingSet, optimizer, config: TrainConfig, epoch
     return sums
 
 # %% ../nbs/10_trainer.ipynb #49a5bb54
-def fit(method: Method, data: TrainingSet, run: Run, evaluate=None) -> list[dict]:
-    "Train to the end, from the last finished epoch if there is one. `evaluate(method) -> dict` runs now and then."
+def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int | None = None) -> list[dict]:
+    "Train to the end, or to epoch `until`, from the last finished epoch if there is one. `evaluate(method) -> dict` runs now and then."
     config, resume = run.config, run.folder / "resume.safetensors"
     if run.finished: return run.events
     optimizer = torch.optim.AdamW(parameter_groups(method, config.lr, config.weight_decay))
@@ -297,15 +302,15 @@ def fit(method: Method, data: TrainingSet, run: Run, evaluate=None) -> list[dict
     steps = len(epoch_batches(data.triplets, config.batch_size, generator(0), config.category_batches))
     devices = [next(method.parameters()).device] if next(method.parameters()).is_cuda else []
     with tqdm(total=config.epochs * steps, initial=first * steps, desc="training", unit="step", mininterval=1) as bar, torch.random.fork_rng(devices):
-        for epoch in range(first, config.epochs):
+        for epoch in range(first, config.epochs if until is None else min(until, config.epochs)):
             torch.manual_seed(generator(config.seed, "dropout", epoch).initial_seed())
             if data.negatives is not None and data.negatives.due(epoch): run.log("refresh", epoch=epoch + 1, **data.negatives.renew(method, epoch))
             terms = train_epoch(method.train(), data, optimizer, config, epoch, bar)
             last = epoch + 1 == config.epochs
             due = evaluate and (last or (config.evaluate_every and (epoch + 1) % config.evaluate_every == 0))
-            run.log("epoch", epoch=epoch + 1, loss=terms, metrics=evaluate(method.eval()) if due else None)
+            run.log("epoch", epoch=epoch + 1, loss=terms, metrics=evaluate(method.eval()) if due else None, false_negatives=data.false_negatives(epoch))
             save_checkpoint(resume, method, optimizer, epoch + 1, data.negatives)
-    finish(run, method)
+    if until is None or until >= config.epochs: finish(run, method)
     return run.events
 
 # %% ../nbs/10_trainer.ipynb #8700ebdf
