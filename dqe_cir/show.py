@@ -95,13 +95,13 @@ def verdict(triplet, name: str) -> str:
     return "target" if name == triplet.target else "valid" if name in triplet.positives else "miss"
 
 # %% ../nbs/12_show.ipynb #242e8a2a
-def contact_sheet(dataset: CIRDataset, rows: list[int], top: list[list[str]], k: int = 8, side: int = 84) -> Image.Image:
-    "Queries `rows` of a data set with their k best images; `top` holds every query's ranking."
+def contact_sheet(dataset: CIRDataset, rows: list[int], top: list[list[str]], k: int = 8, side: int = 84, found: str = "found, best first") -> Image.Image:
+    "Queries `rows` of a data set with their k best images; `top` holds every query's ranking, None in it leaves a gap."
     words, gap = 190, 6
     sheet = Image.new("RGB", (2 * side + words + (k + 1) * (side + gap), 22 + len(rows) * (side + gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     target_x = side + words + gap
-    for x, text in ((4, "reference"), (side + gap, "request"), (target_x, "target"), (target_x + side + 3 * gap, "found, best first")):
+    for x, text in ((4, "reference"), (side + gap, "request"), (target_x, "target"), (target_x + side + 3 * gap, found)):
         draw.text((x, 3), text, fill="#555555", font=font)
     for number, row in enumerate(rows):
         triplet, y = dataset.triplets[row], 22 + number * (side + gap)
@@ -109,7 +109,7 @@ def contact_sheet(dataset: CIRDataset, rows: list[int], top: list[list[str]], k:
         draw.multiline_text((side + gap, y + 6), request_text(triplet), fill="black", font=font, spacing=2)
         sheet.paste(framed(dataset.image_path(triplet.target), "target", side), (target_x, y))
         for i, name in enumerate(top[row][:k]):
-            sheet.paste(framed(dataset.image_path(name), verdict(triplet, name), side), (target_x + side + 3 * gap + i * (side + gap), y))
+            if name: sheet.paste(framed(dataset.image_path(name), verdict(triplet, name), side), (target_x + side + 3 * gap + i * (side + gap), y))
     return sheet
 
 # %% ../nbs/12_show.ipynb #8aff5b59
