@@ -6,8 +6,8 @@
 __all__ = ['PLAIN', 'DQE', 'CONDITIONS', 'AFTER_WARM_UP', 'NAMED', 'SMALL', 'STUDENT', 'warm_up_key', 'share_above',
            'suppression', 'excluding_pairs', 'confusion', 'in_batch_false_negatives', 'Job', 'study_jobs', 'load_sets',
            'walk', 'warm_up', 'start_from', 'run_job', 'parameters', 'extra_measures', 'run_study', 'in_processes',
-           'StudyConfig', 'study_config', 'small_study', 'interval', 'values_of', 'paired', 'summary_table',
-           'difference_table']
+           'StudyConfig', 'common', 'named', 'study_config', 'small_study', 'interval', 'values_of', 'paired',
+           'summary_table', 'difference_table']
 
 # %% ../nbs/15_ablation.ipynb #c96b4c61
 import dataclasses, hashlib, json, math, multiprocessing, shutil, statistics, tempfile, time
@@ -53,11 +53,14 @@ CONDITIONS: dict[str, dict] = {
     "softened_pairs": DQE | dict(pair_smoothing=0.1),
     "averaged_states": DQE | dict(aligned=False),
     "info_nce_and_dqe": DQE | dict(contrastive_weight=1.0),
+    "own_attribute_negatives": DQE | dict(attribute_negatives="own"),
+    "info_nce_target_labels": dict(method="info_nce", soft_labels="target"),
+    "info_nce_and_soft_pairs": DQE | dict(contrastive_weight=1.0, pair_smoothing=0.2),
 }
 
 # %% ../nbs/15_ablation.ipynb #e286fec4
 AFTER_WARM_UP = ("negatives", "zone", "zone_low", "zone_high", "zone_guard", "negatives_per_query", "refresh_every", "pair_smoothing",
-                 "preference_weight", "ranking_weight", "attribute_weight", "contrastive_weight")
+                 "preference_weight", "ranking_weight", "attribute_weight", "contrastive_weight", "attribute_negatives")
 
 def warm_up_key(config: TrainConfig) -> str | None:
     "A name that is equal for configurations with the same warm-up; None for those without one."
@@ -247,22 +250,20 @@ class StudyConfig:
     data_root: str = ""
     size: str = "full"
     device: str = "auto"
+    annotators: str = "even"
 
-    @property
-    def common(self) -> dict:
-        "Training parameters that every condition starts from."
-        chosen = {name: getattr(self, name) for name in ("dataset", "encoder", "epochs", "lr", "batch_size", "warmup_epochs", "refresh_every",
-                                                         "evaluate_on", "data_root", "size", "device")}
-        return {"evaluate_every": 0} | {name: value for name, value in chosen.items() if value is not None}
+# %% ../nbs/15_ablation.ipynb #203d2e79
+def common(self: StudyConfig) -> dict:
+    "Training parameters that every condition starts from."
+    passed = ("dataset", "encoder", "epochs", "lr", "batch_size", "warmup_epochs", "refresh_every", "evaluate_on", "data_root", "size", "device", "annotators")
+    chosen = {name: getattr(self, name) for name in passed}
+    return {"evaluate_every": 0} | {name: value for name, value in chosen.items() if value is not None}
 
-    @property
-    def folder(self) -> Path: return (checkout() or Path.cwd()) / self.study
+def named(self: StudyConfig) -> dict[str, dict]: return {name: CONDITIONS[name] for name in (CONDITIONS if self.conditions == "all" else self.conditions.split(","))}
 
-    @property
-    def named(self) -> dict[str, dict]: return {name: CONDITIONS[name] for name in (CONDITIONS if self.conditions == "all" else self.conditions.split(","))}
-
-    @property
-    def seed_list(self) -> list[int]: return [int(seed) for seed in self.seeds.split(",")]
+StudyConfig.common, StudyConfig.named = property(common), property(named)
+StudyConfig.folder = property(lambda self: (checkout() or Path.cwd()) / self.study)
+StudyConfig.seed_list = property(lambda self: [int(seed) for seed in self.seeds.split(",")])
 
 # %% ../nbs/15_ablation.ipynb #fb7c644b
 def study_config(values: dict) -> StudyConfig:

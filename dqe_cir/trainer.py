@@ -22,11 +22,11 @@ from tqdm.auto import tqdm
 
 from .attributes import MODES
 from .core import append_jsonl, checked, checkout, generator, read_jsonl, resolve_device, write_json
-from .data import CIRDataset, Triplet, load_dataset
+from .data import CIRDataset, Triplet, load_dataset, uneven_targets
 from .encoder import cache_tokens, load_encoder
 from .methods import METHODS
 from .methods.base import Batch, Method, parameter_groups
-from .mining import NegativePool
+from .mining import VALUES, NegativePool
 from .sampler import ZONES, Hardest, MidZone, Random, ScoreDropBand
 
 # %% ../nbs/10_trainer.ipynb #19f0063d
@@ -55,6 +55,7 @@ class PairOptions:
     ranking_weight: float = 0.5
     attribute_weight: float = 0.25
     contrastive_weight: float = 0.0
+    attribute_negatives: str = "shared"  # negative of the attribute margins: shared, or own (garments only: it needs labels)
 
 # %% ../nbs/10_trainer.ipynb #ab6de894
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class TrainConfig(PairOptions):
     batch_size: int | None = None
     label_smoothing: float | None = None
     category_batches: bool = True  # every batch from one category
+    soft_labels: str = "even"  # info_nce: spread of the softened label share, even or by likeness to the target
+    annotators: str = "even"  # garments: targets as drawn, or uneven: annotators who prefer some images to others
     aligned: bool | None = None  # compare each query state with its counterpart instead of averaging
     weight_decay: float = 0.05
     evaluate_every: int = 4  # epochs between two looks at the held-out queries; 0 means only at the end
@@ -83,7 +86,9 @@ def train_config(values: dict) -> TrainConfig:
     "The resolved `TrainConfig` of a dict of parameters; unknown names and impossible values raise `ValueError`."
     config = checked(TrainConfig, values)
     choices = {"dataset": ("garments", "fashioniq", "cirr"), "method": tuple(METHODS), "size": ("full", "smoke"),
-               "evaluate_on": ("val", "dev") if config.dataset == "garments" else ("val",), "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "attribute_mode": MODES}
+               "evaluate_on": ("val", "dev") if config.dataset == "garments" else ("val",), "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "attribute_mode": MODES,
+               "attribute_negatives": ("shared", "own") if config.dataset == "garments" else ("shared",), "soft_labels": ("even", "target"),
+               "annotators": ("even", "uneven") if config.dataset == "garments" else ("even",)}
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise ValueError(f"unknown {name} {getattr(config, name)!r}; choose one of {', '.join(allowed)}")
@@ -164,6 +169,8 @@ def negative_tokens(data: TrainingSet, rows: list[int], epoch: int, config: Trai
     borrowed = other_targets(data, rows)
     if data.negatives is None: names = [[name] for name in borrowed]
     else: names = [[name or spare for name in names] for names, spare in zip(data.negatives.draw(rows, epoch), borrowed)]
+    if config.attribute_negatives == "own":
+        names = [some + [data.negatives.differing(row, epoch, name) or some[0] for name in VALUES] for some, row in zip(names, rows)]
     tokens = data.tokens[[name for some in names for name in some]]
     return tokens.unflatten(0, (len(rows), len(names[0])))
 
@@ -324,6 +331,7 @@ def finish(run: Run, method: Method) -> None:
 # %% ../nbs/10_trainer.ipynb #41f4a20a
 def training_set(config: TrainConfig, dataset: CIRDataset, tokens) -> TrainingSet:
     "The training set of a configuration, with a negative pool if its method and its sampler want one."
+    if config.annotators == "uneven": dataset = uneven_targets(dataset)
     sampler = SAMPLERS[config.negatives](config) if METHODS[config.method].uses_negatives else None
     pool = sampler and NegativePool(dataset, tokens, sampler, config.seed, config.warmup_epochs, config.refresh_every, config.negatives_per_query)
     return TrainingSet(dataset, tokens, pool)

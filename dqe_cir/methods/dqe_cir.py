@@ -24,17 +24,17 @@ class DQECIR(Method):
     uses_negatives = True
 
     def __init__(self, encoder: Blip2Encoder, mode: str = "learned", aligned: bool = False, smoothing: float = 0.0, label_smoothing: float = 0.2,
-                 preference: float = 1.0, ranking: float = 0.5, attribute: float = 0.25, contrastive: float = 0.0):
+                 preference: float = 1.0, ranking: float = 0.5, attribute: float = 0.25, contrastive: float = 0.0, own: bool = False):
         super().__init__(encoder)
         self.compose = AttributeWeights(encoder.text_projection, mode=mode, aligned=aligned)
-        self.aligned, self.smoothing, self.label_smoothing = aligned, smoothing, label_smoothing
+        self.aligned, self.smoothing, self.label_smoothing, self.own = aligned, smoothing, label_smoothing, own
         self.weights = {"preference": preference, "ranking": ranking, "colour": attribute, "shape": attribute, "contrastive": contrastive}
         self.log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
 
     @classmethod
     def from_config(cls, encoder, config):
         return cls(encoder, config.attribute_mode, config.aligned, config.pair_smoothing, config.label_smoothing, config.preference_weight,
-                   config.ranking_weight, config.attribute_weight, config.contrastive_weight)
+                   config.ranking_weight, config.attribute_weight, config.contrastive_weight, config.attribute_negatives == "own")
 
     @property
     def temperature(self) -> Tensor: return self.log_temperature.clamp(math.log(0.01), math.log(0.5)).exp()
@@ -71,12 +71,14 @@ def own_score(query: Tensor, images: Tensor) -> Tensor:
 # %% ../../nbs/methods/80_dqe_cir.ipynb #77f666fb
 def pair_terms(self: DQECIR, composed: ComposedQuery, target: Tensor, negative: Tensor, texts: list[str]) -> dict[str, Tensor]:
     "The pairwise terms (B,) of the objective."
-    better, worse = own_score(composed.query, target), own_score(composed.query, negative)
+    shared = negative[:, :-len(self.compose.attributes)] if self.own else negative
+    better, worse = own_score(composed.query, target), own_score(composed.query, shared)
     terms = {"preference": pairwise_kl(better / self.temperature, worse / self.temperature, self.smoothing),
              "ranking": margin(better, worse, RANK_MARGIN)}
     for a, name in enumerate(self.compose.attributes):
         part, active = composed.parts[:, a], speaks_of(texts, name).to(better.device)
-        terms[name] = margin(own_score(part, target), own_score(part, negative), ATTRIBUTE_MARGINS[name], active)
+        wrong = negative[:, a - len(self.compose.attributes)].unsqueeze(1) if self.own else negative
+        terms[name] = margin(own_score(part, target), own_score(part, wrong), ATTRIBUTE_MARGINS[name], active)
     return terms
 
 DQECIR.pair_terms = pair_terms
