@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POOL', 'BLOCK', 'VALUES', 'candidate_ids', 'valid_candidates', 'refresh', 'block_report', 'summed_up',
-           'method_report', 'NegativePool', 'overlap']
+           'method_report', 'NegativePool', 'differing', 'false_negatives', 'overlap']
 
 # %% ../nbs/13_mining.ipynb #54b9bc1c
 import time
@@ -122,20 +122,23 @@ class NegativePool:
         ids = self.ids[triplet.category] if len(self.ids) > 1 else next(iter(self.ids.values()))
         return ids[pool[turn % size]]
 
-    def differing(self, row: int, epoch: int, attribute: str) -> str | None:
-        "A member of a query's pool that differs from the target in an attribute, by the data set's own labels; None where there is none."
-        names, of = VALUES[attribute], self.dataset.attributes
-        target = of[self.dataset.triplets[row].target]
-        size = int((self.pools[row] >= 0).sum())
-        members = (self.one(row, (epoch - self.since) * self.count + turn) for turn in range(size))
-        return next((name for name in members if any(of[name][value] != target[value] for value in names)), None)
+# %% ../nbs/13_mining.ipynb #164fe30a
+def differing(self: NegativePool, row: int, epoch: int, attribute: str) -> str | None:
+    "A member of a query's pool that differs from the target in an attribute, by the data set's own labels; None where there is none."
+    names, of = VALUES[attribute], self.dataset.attributes
+    target = of[self.dataset.triplets[row].target]
+    size = int((self.pools[row] >= 0).sum())
+    members = (self.one(row, (epoch - self.since) * self.count + turn) for turn in range(size))
+    return next((name for name in members if any(of[name][value] != target[value] for value in names)), None)
 
-    def false_negatives(self, epoch: int) -> float | None:
-        "Percent of the negatives drawn in an epoch that answer their query after all; None before the first refresh or where the truth is unknown."
-        if self.pools is None or not self.dataset.relevant: return None
-        drawn = self.draw(range(len(self.dataset.triplets)), epoch)
-        wrong = [name in self.dataset.relevant[t.pair_id] for t, names in zip(self.dataset.triplets, drawn) for name in names if name is not None]
-        return round(100 * sum(wrong) / max(1, len(wrong)), 2)
+def false_negatives(self: NegativePool, epoch: int) -> float | None:
+    "Percent of the negatives drawn in an epoch that answer their query after all; None before the first refresh or where the truth is unknown."
+    if self.pools is None or not self.dataset.relevant: return None
+    drawn = self.draw(range(len(self.dataset.triplets)), epoch)
+    wrong = [name in self.dataset.relevant[t.pair_id] for t, names in zip(self.dataset.triplets, drawn) for name in names if name is not None]
+    return round(100 * sum(wrong) / max(1, len(wrong)), 2)
+
+NegativePool.differing, NegativePool.false_negatives = differing, false_negatives
 
 # %% ../nbs/13_mining.ipynb #99f53127
 def overlap(old: Tensor, new: Tensor) -> float:
