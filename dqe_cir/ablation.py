@@ -7,7 +7,7 @@ __all__ = ['PLAIN', 'DQE', 'CONDITIONS', 'AFTER_WARM_UP', 'NAMED', 'SMALL', 'STU
            'suppression', 'excluding_pairs', 'confusion', 'in_batch_false_negatives', 'Job', 'study_jobs', 'load_sets',
            'walk', 'warm_up', 'start_from', 'run_job', 'parameters', 'extra_measures', 'run_study', 'in_processes',
            'StudyConfig', 'common', 'named', 'study_config', 'small_study', 'interval', 'values_of', 'paired',
-           'summary_table', 'difference_table']
+           'summary_table', 'difference_table', 'study_record', 'telling_rows', 'side_by_side']
 
 # %% ../nbs/15_ablation.ipynb #c96b4c61
 import dataclasses, hashlib, json, math, multiprocessing, shutil, statistics, tempfile, time
@@ -15,16 +15,18 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import append_jsonl, checked, checkout, environment, generator, read_jsonl, write_json
 from .data import CIRDataset, load_dataset
 from .encoder import cache_tokens
-from .evaluator import encode_gallery, encode_queries, evaluate, gallery_rows
+from .evaluator import SHAPE, encode_gallery, encode_queries, evaluate, gallery_rows
 from .methods import METHODS
 from .methods.base import Method
-from .trainer import PairOptions, Run, TrainConfig, build_method, epoch_batches, fit, train_config, training_set
+from .show import contact_sheet
+from .trainer import PairOptions, Run, TrainConfig, build_method, epoch_batches, fit, load_run, train_config, training_set
 
 # %% ../nbs/15_ablation.ipynb #c0ae37e0
 PLAIN = dict(method="dqe_cir", attribute_mode="off", ranking_weight=0.0, attribute_weight=0.0)
@@ -263,6 +265,7 @@ def named(self: StudyConfig) -> dict[str, dict]: return {name: CONDITIONS[name] 
 
 StudyConfig.common, StudyConfig.named = property(common), property(named)
 StudyConfig.folder = property(lambda self: (checkout() or Path.cwd()) / self.study)
+StudyConfig.record_path = property(lambda self: (checkout() or Path.cwd()) / self.record if self.record else self.folder / "records.json")
 StudyConfig.seed_list = property(lambda self: [int(seed) for seed in self.seeds.split(",")])
 
 # %% ../nbs/15_ablation.ipynb #fb7c644b
@@ -326,3 +329,34 @@ def difference_table(records: list[dict], baseline: str, measures: list[str]) ->
             text = f"{mean:+.1f} ± {half:.1f}"
             table[name][measure] = f"**{text}**" if abs(mean) > half else text
     return table
+
+# %% ../nbs/15_ablation.ipynb #ebf04d8c
+def study_record(config: StudyConfig, records: list[dict]) -> dict:
+    "The JSON record of a study: the command, what was measured on which data, the parameters of each condition, and every run."
+    default = StudyConfig()
+    given = [f"-p {name} {value}" for name, value in vars(config).items() if value != getattr(default, name) and name != "record"]
+    kept = lambda r: dict(condition=r["condition"], seed=r["seed"], cpu_seconds=r["cpu_seconds"],
+                          metrics={name: value if value is None else round(value, 3) for name, value in r["metrics"].items()})
+    return {"command": " ".join(["papermill nbs/ablate.ipynb out.ipynb", *given]), "data": records[0]["data"], "split": records[0]["split"],
+            "environment": records[0]["environment"], "conditions": {r["condition"]: r["parameters"] for r in records}, "runs": [kept(r) for r in records]}
+
+# %% ../nbs/15_ablation.ipynb #649fdb05
+def telling_rows(dataset: CIRDataset, difference: Tensor, count: int) -> list[int]:
+    "Rows of `count` greatest, `count` middle and `count` smallest differences (Q,) among queries that name a colour and a shape attribute."
+    both = [row for row, t in enumerate(dataset.triplets) if "colour" in (named := dataset.mentions[t.pair_id]) and named.keys() & set(SHAPE)]
+    order = sorted(both, key=lambda row: (-difference[row].item(), row))
+    middle = (len(order) - count) // 2
+    return [*order[:count], *order[middle:middle + count], *order[len(order) - count:]]
+
+# %% ../nbs/15_ablation.ipynb #6fd8e828
+def side_by_side(one: Job, other: Job, count: int = 3) -> Image.Image:
+    "A contact sheet of the telling queries of two finished jobs, two rows each: the first job's ranking above the second's."
+    _, dataset = load_sets(one.config)
+    tokens = cache_tokens(load_run(one.folder)[0].encoder, dataset, progress=False)
+    found = [evaluate(load_run(job.folder)[0], dataset, tokens) for job in (one, other)]
+    precision = [result.measures["average_precision"] for result in found]
+    rows = telling_rows(dataset, precision[1] - precision[0], count)
+    label = lambda row, i: (f"{(one, other)[i].condition}: AP {100 * precision[i][row]:.0f}.", *dataset.triplets[row].captions)
+    shown = [(dataclasses.replace(dataset.triplets[row], captions=label(row, i)), found[i].top[row]) for row in rows for i in (0, 1)]
+    twice = dataclasses.replace(dataset, triplets=[triplet for triplet, _ in shown])
+    return contact_sheet(twice, list(range(len(shown))), [top for _, top in shown])

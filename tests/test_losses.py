@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from dqe_cir.core import generator
-from dqe_cir.losses import info_nce
+from dqe_cir.losses import info_nce, margin, pairwise_kl
 
 
 def loop_info_nce(scores, target, smoothing):
@@ -88,6 +88,67 @@ def test_smoothing_is_a_share(smoothing):
     with pytest.raises(ValueError, match="label_smoothing"): info_nce(torch.zeros(2, 2), label_smoothing=smoothing)
 
 
+# ---- pairs
+
+pairs = st.tuples(st.integers(1, 6), st.integers(1, 3), st.integers(0, 99))
+
+
+def pair_scores(size, count, seed):
+    draw = lambda *shape: 3 * torch.randn(shape, generator=generator(seed, "pairs", *shape), dtype=torch.float64)
+    return draw(size), draw(size, count)
+
+
+@given(pairs, st.sampled_from([0.0, 0.1, 0.4]))
+def test_pairwise_kl_is_the_loop(case, smoothing):
+    positive, negative = pair_scores(*case)
+    expected = []
+    for p, others in zip(positive.tolist(), negative.tolist()):
+        values = []
+        for n in others:
+            share = 1 / (1 + math.exp(n - p))
+            wanted, found = (1 - smoothing, smoothing), (share, 1 - share)
+            values.append(sum(w * math.log(w / f) for w, f in zip(wanted, found) if w))
+        expected.append(sum(values) / len(values))
+    assert_close(pairwise_kl(positive, negative, smoothing), torch.tensor(expected, dtype=torch.float64))
+    if negative.shape[1] == 1: assert_close(pairwise_kl(positive, negative[:, 0], smoothing), pairwise_kl(positive, negative, smoothing))
+
+
+@given(pairs, st.sampled_from([0.0, 0.1]))
+def test_pairwise_kl_gradient(case, smoothing):
+    positive, negative = (scores.requires_grad_() for scores in pair_scores(*case))
+    torch.autograd.gradcheck(lambda p, n: pairwise_kl(p, n, smoothing), (positive, negative))
+    pairwise_kl(positive, negative).sum().backward()
+    assert (positive.grad < 0).all() and (negative.grad > 0).all()
+    assert_close(positive.grad, -negative.grad.sum(1))
+
+
+@given(pairs, st.floats(0.0, 2.0), st.integers(0, 2))
+def test_margin_is_the_loop(case, wanted, kind):
+    positive, negative = pair_scores(*case)
+    active = {0: None, 1: torch.ones(len(positive), dtype=torch.bool), 2: positive > 0}[kind]
+    short = [sum(max(0.0, wanted - p + n) for n in others) / len(others) for p, others in zip(positive.tolist(), negative.tolist())]
+    counted = [s for s, on in zip(short, [True] * len(short) if active is None else active.tolist()) if on]
+    values = margin(positive, negative, wanted, active)
+    assert values.shape == positive.shape
+    assert values.mean().item() == pytest.approx(sum(counted) / max(1, len(counted)))
+
+
+def test_no_active_row_gives_exactly_zero_and_a_zero_gradient():
+    positive, negative = (scores.requires_grad_() for scores in pair_scores(4, 2, 0))
+    loss = margin(positive, negative, 5.0, torch.zeros(4, dtype=torch.bool)).mean()
+    loss.backward()
+    assert loss.item() == 0.0 and positive.grad.eq(0).all() and negative.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("gap", [-1e4, 1e4])
+def test_pairs_stay_finite_at_extreme_scores(gap):
+    positive = torch.tensor([gap], requires_grad=True)
+    loss = pairwise_kl(positive, torch.zeros(1))
+    loss.backward()
+    assert_close(loss.detach(), torch.tensor([max(0.0, -gap)]))
+    assert_close(positive.grad, torch.tensor([-1.0 if gap < 0 else 0.0]))
+
+
 # ---- reference values and gradients
 
 @pytest.fixture(scope="module")
@@ -128,6 +189,19 @@ def test_covr(reference):
     check(reference, "covr_cross_entropy_temp0.07", lambda query, target: both_directions(query, target, 0.07) / 2)
     for temperature in (0.07, 0.5):  # without its weights on hard negatives, HN-NCE is InfoNCE in both directions
         check(reference, f"covr_hn_nce_alpha1_beta0.0_temp{temperature}", lambda query, target: both_directions(query, target, temperature))
+
+
+def test_qure_pairs(reference):
+    for name in ("qure_pairwise_kl", "qure_pairwise_kl_extreme"):
+        check(reference, name, lambda scores: pairwise_kl(*scores.unbind(1)).mean())
+    assert reference("qure_pairwise_kl")[1]["equals_mean_softplus_neg_minus_pos"] == reference("qure_pairwise_kl")[1]["loss"]
+
+
+@pytest.mark.parametrize("data, share", [("fashioniq", 0.5), ("cirr", 0.1)])
+def test_biblip4cir_weighs_the_way_back(reference, data, share):
+    stored, expected = reference(f"biblip4cir_combiner_{data}")
+    total = info_nce(stored["out/logits"]).mean() + share * info_nce(stored["out/logits_r"]).mean()
+    assert total.item() == pytest.approx(expected["loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("name, logits, part", [("clip4cir_combiner", "out/logits", "loss"), ("biblip4cir_combiner_fashioniq", "out/logits", "loss_forward"),

@@ -99,3 +99,88 @@ def test_qures_band_on_short_rows(golden):
         order = row[0].argsort(descending=True, stable=True).tolist()
         expected = set() if first == -2 else set(order[first:last + 1]) - {int(target)}
         assert set(zone.nonzero().flatten().tolist()) == expected
+
+
+# ---- odd cases, one by one
+
+def everything(scores): return torch.ones_like(scores, dtype=torch.bool)
+
+
+def falling(columns, step=0.01): return 1.0 - step * torch.arange(columns, dtype=torch.float64).unsqueeze(0)
+
+
+@pytest.mark.parametrize("guard, rung", [(0.5, 0), (50.0, 1)])
+def test_an_empty_zone_first_drops_the_guard(guard, rung):
+    scores, target = falling(101), torch.tensor([0])
+    eligible, used = MidZone("quantile", 0.125, 0.25, guard, smallest=8).rungs(scores, target, everything(scores))
+    assert used.item() == rung
+    if rung: assert eligible[0].nonzero().flatten().tolist() == list(range(14, 26))  # positions 13 to 24 of 100 below the target
+
+
+@pytest.mark.parametrize("name", ["quantile", "absolute", "meanstd", "hardest", "qure"])
+def test_a_target_that_comes_last_still_gets_a_negative(name):
+    scores, target = falling(30), torch.tensor([29])
+    eligible, used = SAMPLERS[name].rungs(scores, target, everything(scores))
+    assert eligible.any() and not eligible[0, 29] and used.item() >= (name != "meanstd")
+    if name == "hardest": assert eligible[0].nonzero().flatten().tolist() == [28]  # the lowest of those above
+
+
+def test_an_empty_absolute_zone_takes_the_nearest_beyond_its_lower_bound_then_any():
+    sampler, scores = MidZone("absolute", 0.05, 0.15, smallest=3), torch.tensor([[1.0, 0.99, 0.98, 0.8, 0.7, 0.6, 0.5], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]])
+    eligible, used = sampler.rungs(scores, torch.tensor([0, 0]), everything(scores))
+    assert used.tolist() == [1, 2] and not sampler.zone(scores, torch.tensor([0, 0]), everything(scores)).any()
+    assert eligible[0].nonzero().flatten().tolist() == [3, 4, 5] and eligible[1].tolist() == [False] + [True] * 6
+
+
+@given(case=scored())
+@pytest.mark.parametrize("sampler", [MidZone(), MidZone(guard=0.0), MidZone("absolute"), Hardest(), ScoreDropBand()], ids=["quantile", "no_guard", "absolute", "hardest", "qure"])
+def test_images_above_the_target_and_its_copies_are_in_no_zone(sampler, case):
+    scores, target, valid = case
+    zone = sampler.zone(scores, target, valid)
+    own = scores.gather(1, target.unsqueeze(1))
+    if not isinstance(sampler, ScoreDropBand): assert not (zone & (scores >= own)).any()
+    assert not (zone & (scores > own)).any()
+
+
+def test_ties_go_by_column():
+    scores = torch.tensor([[1.0, 0.5, 0.5, 0.5, 0.5, 0.2]])
+    zone = MidZone("quantile", 0.0, 0.5, guard=0.0, smallest=1).zone(scores, torch.tensor([0]), everything(scores))
+    assert zone[0].nonzero().flatten().tolist() == [1, 2, 3]
+    assert Hardest().zone(scores, torch.tensor([0]), everything(scores))[0].nonzero().flatten().tolist() == [1]
+
+
+@pytest.mark.parametrize("high", [0.0, 0.5])
+def test_without_any_spread_there_is_no_guard(high):
+    scores = torch.full((1, 41), high)
+    scores[0, 7] = 0.5  # the target, level with the others or above them all
+    eligible, used = MidZone("quantile", 0.0, 0.25, guard=3.0, smallest=2).rungs(scores, torch.tensor([7]), everything(scores))
+    if high < 0.5: assert used.item() == 0 and eligible[0].nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
+    else: assert used.item() == 3 and eligible.sum() == 40
+
+
+@each
+def test_one_valid_candidate_is_taken_and_none_gives_minus_one(name):
+    scores, target, valid = torch.tensor([[0.5, 0.9, 0.1, 0.3]] * 3), torch.tensor([0, 0, 0]), torch.zeros(3, 4, dtype=torch.bool)
+    valid[0, 1], valid[1, 2], valid[2, 0] = True, True, True  # above the target, below it, the target itself
+    assert SAMPLERS[name].draw(scores, target, valid, generator(0)).tolist() == [1, 2, -1]
+    assert SAMPLERS[name].pool(scores, target, valid, 6, generator(0)).tolist() == [[1] + [-1] * 5, [2] + [-1] * 5, [-1] * 6]
+
+
+@each
+def test_every_known_answer_stays_out(name):
+    scores = torch.randn(20, 30, generator=generator(0, "answers"))
+    target = torch.arange(20)
+    valid = torch.rand(20, 30, generator=generator(1, "answers")) < 0.7
+    pools = SAMPLERS[name].pool(scores, target, valid, 30, generator(2))
+    for row in range(20):
+        drawn = [i for i in pools[row].tolist() if i >= 0]
+        assert drawn and all(valid[row, i] and i != row for i in drawn) and len(drawn) == len(set(drawn))
+
+
+@given(case=scored(), seed=st.integers(0, 99))
+def test_a_pool_is_the_zone_in_random_order(case, seed):
+    scores, target, valid = case
+    eligible, _ = MidZone().rungs(scores, target, valid)
+    pools = MidZone().pool(scores, target, valid, 15, generator(seed))
+    assert torch.equal(pools, MidZone().pool(scores, target, valid, 15, generator(seed)))
+    for row, pool in enumerate(pools.tolist()): assert sorted(i for i in pool if i >= 0) == eligible[row].nonzero().flatten().tolist()
