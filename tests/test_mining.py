@@ -84,7 +84,7 @@ def test_a_model_that_has_diverged_chooses_no_negatives():
     dataset, method, tokens = two_galleries(), Adding(), Tokens()
     query_of = method.encode_query
     method.encode_query = lambda reference, texts: query_of(reference, texts).where(torch.tensor([[text != "caption 7"] for text in texts]), torch.nan)
-    with pytest.raises(ValueError, match="query row 9 is not finite"): refresh(method, dataset, tokens, MidZone(), 0, 0)  # the tenth query about dresses
+    with pytest.raises(ValueError, match="query row 10 is not finite"): refresh(method, dataset, tokens, MidZone(), 0, 0)  # the eleventh query about dresses
 
 
 # ---- its report
