@@ -13,7 +13,9 @@ def check(tower, figures):
     assert figures["tokens"] == EXPECTED[tower]["tokens"]
     assert EXPECTED[tower]["least"] < sum(figures["parameters"].values()) < 1.05 * EXPECTED[tower]["least"]
     assert figures["peak_memory_GiB"]["in all"] < 12
-    assert 0 < figures["loss"] < 20 and figures["trained_tensors_moved"] == figures["trained_tensors"] > 300
+    assert 0 < figures["loss"] < 20 and figures["trained_tensors"] == 336
+    # info_nce reads no word states of the last layer: the two biases and the norm of its feed-forward for words get no gradient and no decay
+    assert figures["trained_tensors_moved"] == figures["trained_tensors"] - 4
     assert len(figures["scores"]) == 2 and all(len(row) == 4 and all(math.isfinite(score) and abs(score) <= 1.001 for score in row) for row in figures["scores"])
 
 
