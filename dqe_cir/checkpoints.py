@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPS', 'POSITIONS', 'PATCHES', 'BLOCKS', 'LAYERS', 'WORDS', 'HEAD_WIDTH', 'QFORMER_NAMES', 'TOWER_NAMES', 'UNUSED',
            'SUFFIXES', 'TOWERS', 'ClipBlip2Config', 'ClipBlip2', 'tower_kind', 'shape_of', 'numbers', 'vision_sizes',
-           'qformer_sizes', 'lavis_config', 'temperature', 'usual_heads', 'lavis_names', 'library_tensor', 'listed',
+           'qformer_sizes', 'temperature', 'lavis_config', 'usual_heads', 'lavis_names', 'library_tensor', 'listed',
            'library_weights', 'blank_model', 'lavis_model', 'check_model', 'look_at', 'read_tensors', 'with_tower',
            'read_checkpoint', 'check_tokenizer', 'find_tokenizer', 'convert', 'verify', 'load_model', 'main']
 
@@ -83,11 +83,21 @@ def vision_sizes(state: dict[str, Tensor], kind: str) -> dict:
 def qformer_sizes(state: dict[str, Tensor]) -> dict:
     "Sizes of the Q-Former, as the library's configuration names them."
     if WORDS not in state or LAYERS + "0.intermediate.dense.weight" not in state:
-        raise DataError("it cannot read text (use_qformer_text_input would be false): the Q-Former's layers for words are missing; use a first-stage or retrieval checkpoint")
+        raise DataError("it cannot read text (use_qformer_text_input would be false): the Q-Former's layers for words are missing; "
+                        "use a first-stage or retrieval checkpoint")
     (vocabulary, width), layers, looks = state[WORDS].shape, numbers(state, LAYERS), numbers(state, LAYERS, "crossattention.")
     return dict(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers[-1] + 1, use_qformer_text_input=True,
-                intermediate_size=state[LAYERS + "0.intermediate.dense.weight"].shape[0], cross_attention_frequency=looks[1] - looks[0] if len(looks) > 1 else layers[-1] + 1,
+                intermediate_size=state[LAYERS + "0.intermediate.dense.weight"].shape[0],
+                cross_attention_frequency=looks[1] - looks[0] if len(looks) > 1 else layers[-1] + 1,
                 max_position_embeddings=shape_of(state, "Qformer.bert.embeddings.position_embeddings.weight")[0])
+
+# %% ../nbs/14_checkpoints.ipynb #f174f033
+def temperature(state: dict[str, Tensor]) -> float:
+    "The temperature BLIP-2's contrastive loss ended with; the library's format has no place for it."
+    shape_of(state, "temp")
+    value = float(state["temp"])
+    if not 0 < value < math.inf: raise DataError(f"temp is {value}: a temperature is positive")
+    return value
 
 # %% ../nbs/14_checkpoints.ipynb #2669fb80
 def lavis_config(state: dict[str, Tensor], *, heads: int, vision_heads: int, image_size: int, eps: dict[str, float] = EPS) -> Blip2Config:
@@ -104,14 +114,6 @@ def lavis_config(state: dict[str, Tensor], *, heads: int, vision_heads: int, ima
         vision_config=vision, qformer_config=qformer, text_config=dict(model_type="opt"), ln_vision_eps=eps["ln_vision"], itc_temperature=temperature(state),
         num_query_tokens=shape_of(state, "query_tokens")[1], image_text_hidden_size=shape_of(state, "vision_proj.weight")[0])
 
-# %% ../nbs/14_checkpoints.ipynb #f174f033
-def temperature(state: dict[str, Tensor]) -> float:
-    "The temperature BLIP-2's contrastive loss ended with; the library's format has no place for it."
-    shape_of(state, "temp")
-    value = float(state["temp"])
-    if not 0 < value < math.inf: raise DataError(f"temp is {value}: a temperature is positive")
-    return value
-
 # %% ../nbs/14_checkpoints.ipynb #7f7dddf8
 HEAD_WIDTH = {"Q-Former": 64, "eva": 88, "clip": 64}
 
@@ -120,7 +122,8 @@ def usual_heads(state: dict[str, Tensor]) -> dict[str, int]:
     kind = tower_kind(state)
     vision, qformer = vision_sizes(state, kind), qformer_sizes(state)
     for part, width in (("Q-Former", qformer["hidden_size"]), (kind, vision["hidden_size"])):
-        if width % HEAD_WIDTH[part]: raise DataError(f"its {part} is {width} wide, which heads of {HEAD_WIDTH[part]} do not divide: say the number of heads to from_lavis")
+        if width % HEAD_WIDTH[part]:
+            raise DataError(f"its {part} is {width} wide, which heads of {HEAD_WIDTH[part]} do not divide: say the number of heads to from_lavis")
     return dict(heads=qformer["hidden_size"] // HEAD_WIDTH["Q-Former"], vision_heads=vision["hidden_size"] // HEAD_WIDTH[kind], image_size=vision["image_size"])
 
 # %% ../nbs/14_checkpoints.ipynb #11e62f28
@@ -245,8 +248,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 # %% ../nbs/14_checkpoints.ipynb #148838b6
 def check_tokenizer(tokenizer: BertTokenizer, vocabulary: int, name: str) -> BertTokenizer:
     "The tokenizer, if it has words and no more of them than the model has embeddings; else `DataError`."
-    if len(tokenizer) <= len(tokenizer.all_special_ids): raise DataError(f"no vocabulary for {name}: put the vocab.txt of bert-base-uncased there, or let the hub be reached")
-    if len(tokenizer) > vocabulary: raise DataError(f"the tokenizer of {name} has {len(tokenizer)} words, but the checkpoint has embeddings for {vocabulary} only")
+    words = tokenizer.vocab_size  # without added tokens such as the hub's <image>, which no request contains
+    if words <= len(tokenizer.all_special_ids): raise DataError(f"no vocabulary for {name}: put the vocab.txt of bert-base-uncased there, or let the hub be reached")
+    if words > vocabulary: raise DataError(f"the tokenizer of {name} has {words} words, but the checkpoint has embeddings for {vocabulary} only")
     return tokenizer
 
 # %% ../nbs/14_checkpoints.ipynb #98c08592
@@ -284,11 +288,12 @@ def verify(source: Path, folder: Path) -> int:
     model = blank_model(lavis_config(state, **usual_heads(state)))
     config = json.loads((Path(folder) / "config.json").read_text())
     expected = library_weights(state, model, tower_kind(state))
-    bits = lambda tensor: tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor[None].view(torch.uint8)
-    same = lambda name: stored[name].dtype == expected[name].dtype and stored[name].shape == expected[name].shape and torch.equal(bits(stored[name]), bits(expected[name]))
-    wrong = set(expected) ^ set(stored) | {name for name in set(expected) & set(stored) if not same(name)}
+    bits = lambda tensor: (tensor.dtype, tensor.shape, tensor.contiguous().view(torch.uint8))
+    same = lambda ours, theirs: ours[:2] == theirs[:2] and torch.equal(ours[2], theirs[2])
+    wrong = set(expected) ^ set(stored) | {name for name in set(expected) & set(stored) if not same(bits(stored[name]), bits(expected[name]))}
     if wrong: raise DataError(f"{folder} differs from {source} in {listed(wrong)}: delete it and convert again")
-    if config.get("itc_temperature") != temperature(state): raise DataError(f"{folder}: itc_temperature is {config.get('itc_temperature')}, not {temperature(state)} as in {source}")
+    kept = config.get("itc_temperature")
+    if kept != temperature(state): raise DataError(f"{folder}: itc_temperature is {kept}, not {temperature(state)} as in {source}")
     return len(expected)
 
 # %% ../nbs/14_checkpoints.ipynb #62ae957d

@@ -77,8 +77,9 @@ def measure(tower):
     method = InfoNCE(encoder)
     (loss, moved), training = timed(lambda: training_step(method, Batch(tokens[:2], TEXTS, tokens[2:], torch.arange(2))))
     scores, evaluating = timed(lambda: evaluation_batch(method, tokens))
-    return {"parameters": {"tower": count(encoder.vision_tower.parameters()), "trained": count(p for p in method.parameters() if p.requires_grad)},
-            "tower_dtype": "bfloat16", "tokens": list(tokens.shape[1:]), "loss": loss, "trained_tensors_moved": moved, "trained_tensors": len([p for p in method.parameters() if p.requires_grad]),
+    trained = [p for p in method.parameters() if p.requires_grad]
+    return {"parameters": {"tower": count(encoder.vision_tower.parameters()), "trained": count(trained)},
+            "tower_dtype": "bfloat16", "tokens": list(tokens.shape[1:]), "loss": loss, "trained_tensors_moved": moved, "trained_tensors": len(trained),
             "scores": scores.tolist(), "seconds": {"building": building, "tower, 4 images": encoding, "training step, batch 2": training,
                         "evaluation, 2 queries x 4 images": evaluating},
             "peak_memory_GiB": {"after building": built, "in all": peak()}, "threads": torch.get_num_threads()}

@@ -178,8 +178,9 @@ def test_gradients_agree_with_the_twin(both):
     kind, image = tower_kind(twin.state), twin.tower(pixels)
     leaves = {name: value.clone().requires_grad_() for name, value in twin.state.items() if value.is_floating_point() and not name.startswith("visual_encoder.")}
     other, weights = Twin(twin.state | leaves, twin.heads, twin.vision_heads), torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(1))
-    (weights * F.normalize(other.linear("vision_proj", other.qformer(image)), dim=-1)).sum().add(other.linear("text_proj", other.qformer(image, ids, mask)[:, :3]).square().mean()).backward()
-    (weights * encoder.encode_target(image)).sum().add(encoder.text_projection(encoder.fuse(image, ids, mask)[0]).square().mean()).backward()
+    target, fused = F.normalize(other.linear("vision_proj", other.qformer(image)), dim=-1), other.linear("text_proj", other.qformer(image, ids, mask)[:, :3])
+    ((weights * target).sum() + fused.square().mean()).backward()
+    ((weights * encoder.encode_target(image)).sum() + encoder.text_projection(encoder.fuse(image, ids, mask)[0]).square().mean()).backward()
     compared = 0
     for name, gradient in trained_gradients(encoder, kind).items():
         torch.testing.assert_close(gradient, leaves[name].grad, atol=1e-5, rtol=1e-4)
@@ -190,8 +191,7 @@ def test_gradients_agree_with_the_twin(both):
 
 def trained_gradients(encoder, kind):
     "Gradients under LAVIS' names, of what has one."
-    stems = {"ln_vision.": "vision_model.post_layernorm."}
-    named = {re.sub("^ln_vision\\.", stems["ln_vision."], name): parameter for name, parameter in encoder.named_parameters() if not name.startswith("vision_tower.")}
+    named = {re.sub(r"^ln_vision\.", "vision_model.post_layernorm.", name): parameter for name, parameter in encoder.named_parameters() if not name.startswith("vision_tower.")}
     return {lavis_names(name, kind)[0]: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
 
 
@@ -496,8 +496,9 @@ def test_reference_features(reference):
     both = torch.cat([joint, words], 1)
     queries = encoder.qformer(query_embeds=encoder.query_tokens.expand(len(tokens), -1, -1), encoder_hidden_states=encoder.ln_vision(tokens)).last_hidden_state
     text = encoder.qformer(query_embeds=encoder.embeddings(input_ids=figures["input_ids"]), query_length=0, attention_mask=figures["attention_mask"]).last_hidden_state
-    ours = dict(vision_ln=encoder.ln_vision(tokens), reference_frozen=encoder.ln_vision(tokens), image_queries=queries, image_proj=encoder.encode_target(tokens), joint_queries=joint,
-                joint_text=words[read], fusion_hidden=both, text_hidden=text[read], text_proj_cls=encoder.encode_text(figures["input_ids"], figures["attention_mask"]))
+    ours = dict(vision_ln=encoder.ln_vision(tokens), reference_frozen=encoder.ln_vision(tokens), image_queries=queries, image_proj=encoder.encode_target(tokens),
+                joint_queries=joint, joint_text=words[read], fusion_hidden=both, text_hidden=text[read],
+                text_proj_cls=encoder.encode_text(figures["input_ids"], figures["attention_mask"]))
     for key, value in ours.items():
         if key in figures:
             meets(value, figures[key][read] if key in ("joint_text", "text_hidden") else figures[key])
