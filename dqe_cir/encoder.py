@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'MINI', 'BLOCK', 'Blip2Encoder', 'image_tokens', 'encode_target', 'fuse', 'encode_text', 'tokenize',
-           'load_encoder', 'check_model', 'cross_attention', 'fingerprint', 'TokenCache', 'image_paths', 'cache_tokens',
-           'read_tokens', 'write_tokens']
+           'load_encoder', 'load_folder', 'from_lavis', 'load_file', 'cross_attention', 'fingerprint', 'TokenCache',
+           'image_paths', 'cache_tokens', 'read_tokens', 'write_tokens']
 
 # %% ../nbs/03_encoder.ipynb #90c17405
 import hashlib, json, math, os, zlib
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from safetensors import SafetensorError
 from transformers import BertTokenizer, Blip2ForImageTextRetrieval
 
+from .checkpoints import EPS, SUFFIXES, check_model, check_tokenizer, find_tokenizer, lavis_model, load_model, read_checkpoint, usual_heads
 from .core import DataError, data_folder, resolve_device, write_json
 from .data import CIRDataset, open_image, target_pad
 
@@ -89,6 +90,7 @@ Blip2Encoder.encode_text = encode_text
 # %% ../nbs/03_encoder.ipynb #6aca9c48
 def tokenize(self: Blip2Encoder, texts: list[str], longest: int = 32) -> tuple[Tensor, Tensor]:
     "Word pieces (B,L) and their mask, padded to the longest text, cut at 32 pieces as BLIP-2 does."
+    if self.tokenizer is None: raise ValueError("this encoder has no tokenizer: give one to from_lavis, or load a folder that has one")
     words = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
     return words["input_ids"].to(self.device), words["attention_mask"].to(self.device)
 
@@ -99,30 +101,38 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 MINI = Path(__file__).parent / "assets" / "mini" if "__file__" in globals() else Path("../dqe_cir/assets/mini")
 
 def load_encoder(name: str = "mini", device: str = "auto", dtype: str = "auto") -> Blip2Encoder:
-    "The encoder of a name: `mini`, a hub id or a local folder. `dtype` is that of the frozen tower: bfloat16 on a GPU, else float32."
-    place, source = resolve_device(device), MINI if name == "mini" else name
-    if Path(name).exists() and not (Path(name) / "config.json").exists():
-        raise DataError(f"{name} is not a model folder: it has no config.json")
+    "The encoder of a name: `mini`, a hub id, a local folder or a LAVIS file. `dtype` is that of the frozen tower: bfloat16 on a GPU, else float32."
+    place = resolve_device(device)
     if dtype not in DTYPES: raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    try:
-        model, loading = Blip2ForImageTextRetrieval.from_pretrained(source, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-        tokenizer = BertTokenizer.from_pretrained(source)
-    except (OSError, ValueError, SafetensorError) as problem:
-        raise DataError(f"encoder {name!r} could not be loaded: it is neither 'mini', a local folder nor a reachable hub id ({str(problem).splitlines()[0]})") from problem
-    absent = sorted(key for key in loading["missing_keys"] if not key.startswith("itm_head"))
-    if absent: raise DataError(f"encoder {name!r} lacks {len(absent)} weights, such as {absent[0]}: the checkpoint is incomplete or of another model")
-    encoder = Blip2Encoder(check_model(model, name), tokenizer, getattr(model.config, "itc_temperature", 0.07)).eval().to(place)
+    encoder = (load_file if Path(name).suffix in SUFFIXES and not Path(name).is_dir() else load_folder)(name).eval().to(place)
     encoder.vision_tower.to(DTYPES[dtype] or (torch.bfloat16 if place.type == "cuda" and name != "mini" else torch.float32))
     return encoder
 
 # %% ../nbs/03_encoder.ipynb #1e8c3ab3
-def check_model(model: Blip2ForImageTextRetrieval, name: str) -> Blip2ForImageTextRetrieval:
-    "The model, if its Q-Former can read words and its query tokens are not all zero; else `DataError`."
-    if not model.config.qformer_config.use_qformer_text_input:
-        raise DataError(f"encoder {name!r} cannot read text: use_qformer_text_input is false in its config.json; use a retrieval (itm) checkpoint")
-    if not model.query_tokens.abs().sum():
-        raise DataError(f"encoder {name!r} has all-zero query tokens: the checkpoint holds no trained Q-Former")
-    return model
+def load_folder(name: str) -> Blip2Encoder:
+    "The encoder of `mini`, a hub id or a local folder, on the CPU."
+    source = str(MINI) if name == "mini" else name
+    if Path(name).exists() and not (Path(name) / "config.json").exists():
+        raise DataError(f"{name} is not a model folder: it has no config.json")
+    try: (model, absent), tokenizer = load_model(source), BertTokenizer.from_pretrained(source)
+    except (OSError, ValueError, SafetensorError) as problem:
+        raise DataError(f"encoder {name!r} could not be loaded: it is neither 'mini', a local folder nor a reachable hub id ({str(problem).splitlines()[0]})") from problem
+    if absent: raise DataError(f"encoder {name!r} lacks {len(absent)} weights, such as {absent[0]}: the checkpoint is incomplete or of another model")
+    check_tokenizer(tokenizer, model.config.qformer_config.vocab_size, name)
+    return Blip2Encoder(check_model(model, name), tokenizer, getattr(model.config, "itc_temperature", 0.07))
+
+# %% ../nbs/03_encoder.ipynb #b383eb38
+def from_lavis(state_dict: dict[str, Tensor], *, heads: int, vision_heads: int, image_size: int, eps: dict[str, float] = EPS, tokenizer=None) -> Blip2Encoder:
+    "The encoder of a LAVIS state dict; its sizes are read off the tensors, which are copied. `heads` are the Q-Former's."
+    model = lavis_model(state_dict, heads=heads, vision_heads=vision_heads, image_size=image_size, eps=eps)
+    return Blip2Encoder(model, tokenizer, model.config.itc_temperature).eval()
+
+# %% ../nbs/03_encoder.ipynb #9e28d8d5
+def load_file(name: str) -> Blip2Encoder:
+    "The encoder of a LAVIS checkpoint file (`.pth`, `.pt`, `.safetensors`), on the CPU."
+    state = read_checkpoint(name)
+    try: return from_lavis(state, **usual_heads(state), tokenizer=find_tokenizer(Path(name).parent, len(state["Qformer.bert.embeddings.word_embeddings.weight"])))
+    except DataError as problem: raise DataError(f"encoder {name!r}: {problem}") from problem
 
 # %% ../nbs/03_encoder.ipynb #5c13a5bc
 @torch.no_grad()

@@ -127,6 +127,13 @@ def test_a_plain_word_list_is_enough(tmp_path):
     assert load_encoder(str(folder), device="cpu").tokenize(["is red"])[0].tolist() == [[2, 5, 6, 3]]
 
 
+def test_checkpoint_without_words_is_refused(tmp_path):
+    "The library would give back a tokenizer that reads every word as unknown, without a sound."
+    folder = write_checkpoint(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"): (folder / name).unlink()
+    with pytest.raises(DataError, match="no vocabulary for"): load_encoder(str(folder), device="cpu")
+
+
 def test_checkpoint_without_text_layers_is_refused(tmp_path):
     def change(config): config.qformer_config.use_qformer_text_input = False
     with pytest.raises(DataError, match="use_qformer_text_input"): load_encoder(str(write_checkpoint(tmp_path, change)), device="cpu")

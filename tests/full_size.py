@@ -1,0 +1,101 @@
+"""BLIP-2 at full size with random weights: one training step and one evaluation batch on the CPU, each tower in a process of its own.
+
+python tests/full_size.py            both towers; writes data/results/full-size.json
+python tests/full_size.py vit_g      one tower; prints its figures as JSON
+
+Nothing is downloaded. It shows that the real sizes fit, in memory and in shape; random weights say nothing about retrieval."""
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import Blip2Config
+
+from dqe_cir.checkpoints import ClipBlip2Config, blank_model
+from dqe_cir.core import environment, generator, write_json
+from dqe_cir.encoder import Blip2Encoder, load_encoder
+from dqe_cir.methods.base import Batch, parameter_groups
+from dqe_cir.methods.info_nce import InfoNCE
+
+ROOT = Path(__file__).resolve().parent.parent
+QFORMER = dict(vocab_size=30523, use_qformer_text_input=True)  # BERT-base, which is the library's default, and one more word
+TOWERS = {"vit_g": lambda: Blip2Config(qformer_config=QFORMER),
+          "vit_l": lambda: ClipBlip2Config(qformer_config=QFORMER, vision_config=dict(
+              hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, image_size=224, patch_size=14))}
+TEXTS = ["is red and has longer sleeves", "is blue with a collar"]
+
+
+def peak(): return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2)  # Linux counts in KiB
+
+
+def random_encoder(tower):
+    "Tower in bfloat16, the rest in float32, each tensor made once in its final precision."
+    model, random, weights = blank_model(TOWERS[tower]()), generator(0, tower), {}
+    for name, value in model.state_dict().items():
+        frozen = name.startswith("vision_model.") and "post_layernorm" not in name
+        weight = torch.empty(value.shape, dtype=torch.bfloat16 if frozen else torch.float32)
+        is_norm = "norm" in name.lower() or "layrnorm" in name
+        weights[name] = weight.fill_(float(name.endswith("weight"))) if is_norm else weight.normal_(0, 0.02, generator=random)
+    model.load_state_dict(weights, assign=True)
+    return Blip2Encoder(model, load_encoder("mini", device="cpu").tokenizer, 0.07)
+
+
+def timed(work):
+    started = time.perf_counter()
+    return work(), round(time.perf_counter() - started, 1)
+
+
+def energy(value): return float(value.detach().double().square().sum())
+
+
+def training_step(method, batch):
+    "Loss, backward and AdamW, as the trainer does it. Returns the loss and the number of trained tensors that moved."
+    optimizer = torch.optim.AdamW(parameter_groups(method.train(), 5e-6, 0.05))
+    before = {name: energy(value) for name, value in method.named_parameters() if value.requires_grad}
+    loss = method.losses(batch)["info_nce"].mean()
+    loss.backward()
+    optimizer.step()
+    moved = sum(energy(value) != before[name] for name, value in method.named_parameters() if name in before)
+    return float(loss.detach()), moved
+
+
+@torch.no_grad()
+def evaluation_batch(method, tokens):
+    method.eval()
+    return method.score(method.encode_query(tokens[:2], TEXTS), method.encode_target(tokens))
+
+
+def measure(tower):
+    torch.manual_seed(0)  # for dropout; this process does nothing else
+    encoder, building = timed(lambda: random_encoder(tower))
+    built, count = peak(), lambda parts: sum(p.numel() for p in parts)
+    tokens, encoding = timed(lambda: encoder.image_tokens(torch.randn(4, 3, 224, 224, generator=generator(0, "pixels"))).float())
+    method = InfoNCE(encoder)
+    (loss, moved), training = timed(lambda: training_step(method, Batch(tokens[:2], TEXTS, tokens[2:], torch.arange(2))))
+    scores, evaluating = timed(lambda: evaluation_batch(method, tokens))
+    trained = [p for p in method.parameters() if p.requires_grad]
+    return {"parameters": {"tower": count(encoder.vision_tower.parameters()), "trained": count(trained)},
+            "tower_dtype": "bfloat16", "tokens": list(tokens.shape[1:]), "loss": loss, "trained_tensors_moved": moved, "trained_tensors": len(trained),
+            "scores": scores.tolist(), "seconds": {"building": building, "tower, 4 images": encoding, "training step, batch 2": training,
+                        "evaluation, 2 queries x 4 images": evaluating},
+            "peak_memory_GiB": {"after building": built, "in all": peak()}, "threads": torch.get_num_threads()}
+
+
+def alone(tower):
+    "The figures of one tower, measured in a new process so that peak memory is its own."
+    done = subprocess.run([sys.executable, __file__, tower], cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    if len(sys.argv) > 1: return print(json.dumps(measure(sys.argv[1])))
+    what = "BLIP-2 at full size, random weights, on a CPU: one training step of info_nce and one evaluation batch. Says nothing about retrieval."
+    record = {"what": what, "command": "python tests/full_size.py", "towers": {tower: alone(tower) for tower in TOWERS}, "environment": environment()}
+    print(write_json(ROOT / "data" / "results" / "full-size.json", record))
+
+
+if __name__ == "__main__": main()
