@@ -15,6 +15,7 @@ from ..attributes import aligned_target, join_states
 from ..encoder import Blip2Encoder
 from ..losses import info_nce
 from .base import Batch, Method
+from ..parts import freeze_last_words
 
 # %% ../../nbs/methods/10_info_nce.ipynb #bfe5be1d
 class InfoNCE(Method):
@@ -22,6 +23,7 @@ class InfoNCE(Method):
 
     def __init__(self, encoder: Blip2Encoder, label_smoothing: float = 0.2, aligned: bool = False):
         super().__init__(encoder)
+        freeze_last_words(encoder)
         self.label_smoothing, self.aligned = label_smoothing, aligned
         self.log_temperature = nn.Parameter(torch.tensor(math.log(float(encoder.temperature))))
 
