@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..encoder import Blip2Encoder
-from ..losses import pairwise_kl
+from ..losses import pairwise_kl, products
 from .base import Batch, Method
 from ..parts import freeze_last_words
 
@@ -53,7 +53,7 @@ def losses(self: QuRe, batch: Batch) -> dict[str, Tensor]:
         row, exists = next_other(batch.group)
         negative = target[row].unsqueeze(1)
     else: negative, exists = self.encode_target(batch.negative.flatten(0, 1)).unflatten(0, batch.negative.shape[:2]), None
-    better, worse = (torch.einsum("bd,bktd->bkt", query, images).amax(-1) for images in (target.unsqueeze(1), negative))
+    better, worse = (products("bd,bktd->bkt", query, images).amax(-1) for images in (target.unsqueeze(1), negative))
     loss = pairwise_kl(better[:, 0] / self.temperature, worse / self.temperature)
     return {"preference": loss if exists is None else torch.where(exists, loss, 0.0)}
 
