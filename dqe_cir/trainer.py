@@ -41,7 +41,7 @@ ZONE_BOUNDS = {"mini": (0.005, 0.03), "fashioniq": (0.005, 0.05), "cirr": (0.001
 @dataclass(frozen=True)
 class PairOptions:
     "Parameters of methods that learn from explicit negatives; other methods ignore them."
-    negatives: str = "trns"  # methods with explicit negatives: trns, random, hardest, qure, qure_window or in_batch
+    negatives: str | None = None  # trns, random, hardest, qure, qure_window or in_batch; None: the method's own
     zone: str = "quantile"  # trns: quantile, absolute or meanstd
     zone_low: float | None = None
     zone_high: float | None = None
@@ -90,10 +90,11 @@ def train_config(values: dict) -> TrainConfig:
                "attribute_negatives": ("shared", "own") if config.dataset == "garments" else ("shared",), "soft_labels": ("even", "target"),
                "annotators": ("even", "uneven") if config.dataset == "garments" else ("even",)}
     for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
+        if getattr(config, name) not in (*allowed, None):
             raise ValueError(f"unknown {name} {getattr(config, name)!r}; choose one of {', '.join(allowed)}")
     kind = "mini" if config.encoder == "mini" or config.dataset == "garments" else config.dataset
-    preset = {**PRESETS[kind], **dict(zip(("zone_low", "zone_high"), ZONE_BOUNDS[kind] if config.zone == "quantile" else ZONES[config.zone]))}
+    preset = {**PRESETS[kind], "negatives": METHODS[config.method].negatives,
+              **dict(zip(("zone_low", "zone_high"), ZONE_BOUNDS[kind] if config.zone == "quantile" else ZONES[config.zone]))}
     preset["warmup_epochs"] = min(preset["warmup_epochs"], (config.epochs or preset["epochs"]) // 2)
     config = dataclasses.replace(config, **{name: value for name, value in preset.items() if getattr(config, name) is None})
     for name, lowest in dict(epochs=1, batch_size=2, lr=0, label_smoothing=0, weight_decay=0, evaluate_every=0, warmup_epochs=0,

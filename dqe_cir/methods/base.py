@@ -36,6 +36,7 @@ class Method(nn.Module):
     "A composed-image retriever: subclass it, write `encode_query` and `losses`, and override a default where a paper differs."
     weights: dict[str, float] = {}  # weight of each loss term; 1 where a term is not named
     uses_negatives = False  # wants one explicit negative per query
+    negatives = "trns"  # the sampler of these negatives, by its name in the trainer, where a run names none
     reduce = "max"  # how an image's T embeddings answer a query
 
     def __init__(self, encoder: Blip2Encoder):

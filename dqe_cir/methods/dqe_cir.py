@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..attributes import AttributeWeights, ComposedQuery, aligned_target, speaks_of
 from ..encoder import Blip2Encoder
-from ..losses import info_nce, margin, pairwise_kl
+from ..losses import info_nce, margin, pairwise_kl, products
 from .base import Batch, Method
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #a9841f7d
@@ -75,7 +75,7 @@ DQECIR.losses = losses
 # %% ../../nbs/methods/80_dqe_cir.ipynb #6467b1bb
 def own_score(query: Tensor, images: Tensor) -> Tensor:
     "Each query (B,D) against its own images (B,...,T,D), each by its best embedding: (B,...)."
-    return torch.einsum("bd,b...td->b...t", query, images).amax(-1)
+    return products("bd,b...td->b...t", query, images).amax(-1)
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #77f666fb
 def pair_terms(self: DQECIR, composed: ComposedQuery, target: Tensor, negative: Tensor, texts: list[str]) -> dict[str, Tensor]:

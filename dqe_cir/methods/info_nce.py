@@ -16,6 +16,7 @@ from ..attributes import aligned_target, join_states
 from ..encoder import Blip2Encoder
 from ..losses import info_nce
 from .base import Batch, Method
+from ..parts import freeze_last_words
 
 # %% ../../nbs/methods/10_info_nce.ipynb #bfe5be1d
 LIKENESS_TEMPERATURE = 0.1  # of the similarity of two targets, for soft_labels="target"
@@ -25,6 +26,7 @@ class InfoNCE(Method):
 
     def __init__(self, encoder: Blip2Encoder, label_smoothing: float = 0.2, aligned: bool = False, soft_labels: str = "even"):
         super().__init__(encoder)
+        freeze_last_words(encoder)
         self.label_smoothing, self.aligned, self.soft_labels = label_smoothing, aligned, soft_labels
         self.log_temperature = nn.Parameter(torch.tensor(math.log(float(encoder.temperature))))
 

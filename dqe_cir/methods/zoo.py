@@ -7,10 +7,27 @@ __all__ = ['METHODS']
 
 # %% ../../nbs/methods/90_zoo.ipynb #34be12b8
 from .base import Method
+
+# %% ../../nbs/methods/90_zoo.ipynb #db7ce975
+from .bi_blip4cir import BiBLIP4CIR
+from .clip4cir import CLIP4Cir
+from .cosmo import CoSMo
+from .covr import CoVR
 from .dqe_cir import DQECIR
 from .info_nce import InfoNCE
+from .mgur import MGUR
+from .qure import QuRe
+from .sprc import SPRC
 
+# %% ../../nbs/methods/90_zoo.ipynb #34ec9250
 METHODS: dict[str, type[Method]] = {
     "info_nce": InfoNCE,
+    "cosmo": CoSMo,
+    "mgur": MGUR,
+    "clip4cir": CLIP4Cir,
+    "bi_blip4cir": BiBLIP4CIR,
+    "covr": CoVR,
+    "sprc": SPRC,
+    "qure": QuRe,
     "dqe_cir": DQECIR,
 }

@@ -1,0 +1,105 @@
+"Every method of the zoo answers the questions of `check_method`; QuRe and SPRC against figures of their own programs."
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import Blip2Config, Blip2ForImageTextRetrieval
+
+from dqe_cir.encoder import Blip2Encoder
+from dqe_cir.methods import METHODS
+from dqe_cir.methods.base import Batch
+from dqe_cir.methods.check import check_method
+from dqe_cir.parts import read_text
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_is_a_method(name): check_method(METHODS[name], method=name)
+
+
+# ---- reference models: small random weights under the names that LAVIS gives them
+
+RENAMED = [(r"^Qformer\.bert\.embeddings\.LayerNorm", "qformer.layernorm"), (r"^Qformer\.bert\.embeddings", "embeddings"), (r"^Qformer\.bert", "qformer"),
+           (r"attention\.self\.", "attention.attention."), (r"^visual_encoder\.cls_token", "vision_model.embeddings.class_embedding"),
+           (r"^visual_encoder\.pos_embed", "vision_model.embeddings.position_embedding"), (r"^visual_encoder\.patch_embed\.proj", "vision_model.embeddings.patch_embedding"),
+           (r"^visual_encoder\.blocks", "vision_model.encoder.layers"), (r"\.norm(\d)\.", r".layer_norm\1."), (r"\.attn\.proj\.", ".self_attn.projection."), (r"\.attn\.", ".self_attn."),
+           (r"^ln_vision", "vision_model.post_layernorm"), (r"^(vision|text)_proj\.", r"\1_projection.")]
+
+
+def renamed(name):
+    for pattern, new in RENAMED: name = re.sub(pattern, new, name)
+    return name
+
+
+def reference_encoder(golden, which):
+    "A reference model as an encoder, with its temperature, its prompts (or None) and its stored figures."
+    stored, about = load_file(golden(f"blip2_{which}.safetensors")), json.loads(golden("blip2_parity.json").read_text())
+    config = about["config"]
+    model = Blip2ForImageTextRetrieval(Blip2Config(
+        vision_config=dict(hidden_size=config["vis_width"], intermediate_size=len(stored["visual_encoder.blocks.0.mlp.fc1.bias"]), num_hidden_layers=config["vis_depth"],
+                           num_attention_heads=config["vis_heads"], image_size=config["img_size"], patch_size=config["patch"], layer_norm_eps=1e-6),
+        qformer_config=dict(vocab_size=config["vocab"], hidden_size=config["hidden"], intermediate_size=config["inter"], num_hidden_layers=config["layers"],
+                            num_attention_heads=config["heads"], encoder_hidden_size=config["vis_width"], max_position_embeddings=config["max_pos"],
+                            cross_attention_frequency=config["cross_freq"], use_qformer_text_input=True, layer_norm_eps=1e-12),
+        num_query_tokens=about[which]["num_query_token"], image_text_hidden_size=about[which]["embed_dim"]))
+    model.vision_model.post_layernorm.eps = 1e-5
+    weights = {renamed(name): value for name, value in stored.items()}
+    for layer in range(config["vis_depth"]):
+        place = f"vision_model.encoder.layers.{layer}.self_attn."
+        query, value = weights.pop(f"{place}q_bias"), weights.pop(f"{place}v_bias")
+        weights[f"{place}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
+    missing, _ = model.load_state_dict(weights, strict=False)
+    assert not [name for name in missing if not name.startswith("itm_head")]
+    arrays = {name: torch.from_numpy(array) for name, array in np.load(golden(f"blip2_{which}.npz")).items()}
+    encoder = Blip2Encoder(model, None, stored["temp"]).eval()
+    encoder.tokenize = lambda texts: (arrays["input_ids"].long(), arrays["attention_mask"].long())
+    return encoder, stored.get("prompt_tokens"), arrays, about[which]
+
+
+def close(ours, theirs): assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def compare_gradients(method, expected):
+    "Norms of the gradients, by the names of the reference; ours of the temperature is that of its logarithm."
+    ours = {name: parameter.grad.norm().item() for name, parameter in method.named_parameters() if parameter.requires_grad}
+    ours["temp"] = ours.pop("log_temperature") / method.temperature.item()
+    place = lambda name: name if name == "temp" else "prompts" if name == "prompt_tokens" else "encoder." + renamed(name).replace("vision_model.post_layernorm", "ln_vision")
+    compared = {name for name in expected if place(name) in ours}
+    assert not {name for name in expected if expected[name] > 1e-6} - compared
+    for name in compared: assert ours[place(name)] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+
+
+def test_sprc_passes_losses_and_gradients(golden):
+    encoder, prompts, arrays, expected = reference_encoder(golden, "sprc_eva_vit")
+    method = METHODS["sprc"](encoder).eval()
+    method.prompts.data.copy_(prompts[0])
+    reference, target = (encoder.image_tokens(arrays[f"{side}_pixels"]) for side in ("reference", "target"))
+    close(encoder.ln_vision(reference), arrays["reference_frozen"])
+    words = encoder.tokenize(None)
+    query, fused = method.sentence(reference, *words)
+    close(fused, arrays["fusion_hidden"][:, :32])
+    close(query, arrays["fusion_feature"])
+    close(read_text(encoder, *words, method.prompts), arrays["prompt_text_hidden"])
+    close(method.encode_target(target), arrays["target_features"])
+    close(method.score(query, method.encode_target(target)), arrays["retrieval_scores"])
+    terms = method.losses(Batch(reference, ["?"] * 5, target, torch.arange(5)))
+    for term, name in (("contrastive", "loss_itc"), ("text_only", "loss_rtc"), ("alignment", "loss_align")):
+        assert terms[term].mean().item() == pytest.approx(expected["losses"][name], rel=1e-4)
+    sum(term.mean() for term in terms.values()).backward()
+    compare_gradients(method, expected["grad_norm_of_unweighted_total"])
+
+
+def test_qure_passes_loss_and_gradients(golden):
+    encoder, _, arrays, expected = reference_encoder(golden, "qure_eva_vit")
+    method = METHODS["qure"](encoder).eval()
+    reference, target, negative = (encoder.image_tokens(arrays[f"{side}_pixels"]) for side in ("reference", "target", "negative"))
+    close(method.encode_query(reference, None), arrays["query_feature"])
+    close(method.encode_target(torch.cat([target, negative])), arrays["target_features"])
+    batch = Batch(reference, None, target, torch.arange(len(reference)), negative.unsqueeze(1))
+    loss = method.losses(batch)["preference"].mean()
+    assert loss.item() == pytest.approx(expected["kl_loss"], rel=1e-4)
+    loss.backward()
+    compare_gradients(method, expected["grad_norm"])
