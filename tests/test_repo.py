@@ -48,7 +48,7 @@ def private_environment(folder):
 # ---- notebooks
 
 def test_there_are_notebooks():
-    assert LIBRARY and all(re.match(r"\d\d_|tutorial_", path.name) for path in LIBRARY)
+    assert LIBRARY and all(re.match(r"\d\d_|tutorial_|results", path.name) for path in LIBRARY)
 
 
 @each(NOTEBOOKS)
