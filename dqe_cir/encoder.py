@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import BertTokenizer, Blip2ForImageTextRetrieval
 
 from .checkpoints import EPS, SUFFIXES, check_model, check_tokenizer, find_tokenizer, lavis_model, load_model, read_checkpoint, usual_heads
-from .core import DataError, data_folder, resolve_device, write_json
+from .core import DataError, data_folder, resolve_device, writable, write_json
 from .data import CIRDataset, open_image, target_pad
 
 # %% ../nbs/03_encoder.ipynb #1c32b175
@@ -217,7 +217,7 @@ def read_tokens(stem: Path, count: int) -> np.ndarray | None:
 # %% ../nbs/03_encoder.ipynb #38759044
 def write_tokens(stem: Path, encoder: Blip2Encoder, paths: list[Path], batch_size: int, progress: bool) -> None:
     "Encode every image into a new token file; its description is written last."
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    writable(stem.parent)
     stem.with_suffix(".json").unlink(missing_ok=True)
     part, tokens = stem.with_suffix(f".part-{os.getpid()}"), None
     load = lambda path: target_pad(open_image(path), size=encoder.image_size)
