@@ -203,7 +203,7 @@ def split_names(names, path: Path) -> list[str]:
 # %% ../nbs/02_data.ipynb #6e560a7f
 def known(name: str, gallery, where: str) -> str:
     "The name itself, if the gallery has it; else `DataError`."
-    if name not in gallery: raise DataError(f"{where} names the image {name!r}, which is not in the image split: the files are of different versions")
+    if not isinstance(name, str) or name not in gallery: raise DataError(f"{where} names the image {name!r}, which is not in the image split: the files are of different versions")
     return name
 
 # %% ../nbs/02_data.ipynb #b39367bd
@@ -286,12 +286,13 @@ def cirr_triplet(row: dict, gallery, where: str, needs_target: bool = False) -> 
     "One row of a CIRR caption file."
     lacking = [name for name, kind in CIRR_FIELDS.items() if not isinstance(row.get(name), kind)]
     if not lacking and not isinstance(row["img_set"].get("members"), list): lacking = ["img_set with members"]
-    if not lacking and not isinstance(row.get("target_soft") or {}, dict): lacking = ["target_soft that maps names to values"]
-    if not lacking and needs_target and not row.get("target_hard"): lacking = ["target_hard"]
+    target, soft = row.get("target_hard") or None, row.get("target_soft") or {}
+    if not isinstance(soft, dict) or not all(isinstance(value, (int, float)) for value in soft.values()): lacking.append("target_soft that maps names to values")
+    if not isinstance(target, str) and (needs_target or target is not None): lacking.append("target_hard")
     if lacking: raise DataError(f"{where} has no {lacking[0]}: get the file again")
-    reference, target = known(row["reference"], gallery, where), row.get("target_hard")
+    reference = known(row["reference"], gallery, where)
     if target and not stripped(row["caption"]): raise DataError(f"{where}: the caption is empty; remove the row or write one")
-    soft = {name for name, value in (row.get("target_soft") or {}).items() if value > 0 and name != reference}
+    soft = {name for name, value in soft.items() if value > 0 and name != reference}
     positives = frozenset(known(name, gallery, where) for name in ({target} if target else set()) | soft)
     members = tuple(unique([known(name, gallery, where) for name in row["img_set"]["members"]], where))
     return Triplet(reference, target, (row["caption"],), subset=members, pair_id=str(row["pairid"]), positives=positives)
