@@ -154,7 +154,7 @@ def needs(dataset: str, config: TrainConfig | None = None, tower: str = "vit_g",
         negatives = config.negatives_per_query if METHODS[config.method].uses_negatives else 0
         refreshes = (config.epochs - config.warmup_epochs) // max(1, config.refresh_every) if negatives else 0
         work += 3 * config.epochs * queries * (joint + (1 + negatives) * alone) + refreshes * (queries * joint + gallery * alone)
-        activations = config.batch_size * (0.11 + 0.045 * negatives)
+        activations = 0.2 * config.batch_size
     memory = 2 * size["parameters"]["tower"] + trained * size["parameters"]["trained"] + gallery * 32 * 256 * 4
     return {"hours": work / (1000 * teraflops) / 3600, "GiB": memory / 2 ** 30 + activations + 1, "GB": pictures * 2 * size["tokens"][0] * size["tokens"][1] / 1e9}
 
