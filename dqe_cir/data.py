@@ -329,12 +329,12 @@ def load_circo(root: Path | str, split: str) -> CIRDataset:
 # %% ../nbs/02_data.ipynb #9e903307
 def circo_triplet(row: dict, where: str, needs_target: bool) -> Triplet:
     "One row of a CIRCO annotation file."
-    target, truths = row.get("target_img_id"), row.get("gt_img_ids") or []
-    numbers = [row.get("id"), row.get("reference_img_id")] + [target] * (needs_target or target is not None) + (truths if isinstance(truths, list) else [None])
+    caption, named = row.get("relative_caption"), row.get("gt_img_ids") or []
+    numbers = [row.get(name) for name in ("id", "reference_img_id", "target_img_id")[:2 + needs_target]] + (named if isinstance(named, list) else [None])
     if not all(str(number).isdecimal() for number in numbers): raise DataError(f"{where} must name its id and its images by numbers: get the file again")
-    caption = row.get("relative_caption")
     if not isinstance(caption, str) or not stripped(caption): raise DataError(f"{where}: the relative_caption is empty; get the file again")
-    return Triplet(str(row["reference_img_id"]), None if target is None else str(target), (caption,),
+    target, truths = row.get("target_img_id"), row.get("gt_img_ids") or []
+    return Triplet(str(row["reference_img_id"]), None if target is None else str(target), (row["relative_caption"],),
                    pair_id=str(row["id"]), positives=frozenset(map(str, truths)))
 
 # %% ../nbs/02_data.ipynb #e3256d2d
