@@ -8,18 +8,20 @@ __all__ = ['PRESETS', 'ZONE_BOUNDS', 'PUBLISHED', 'SAMPLERS', 'HELD_OUT', 'MEASU
            'TrainingSet', 'negative_tokens', 'other_targets', 'Run', 'read_config', 'open_run', 'trained_state',
            'load_state', 'save_weights', 'read_weights', 'save_checkpoint', 'load_checkpoint', 'build_method',
            'checkpoint_layers', 'autocast_dtype', 'Stepper', 'training_step', 'train_epoch', 'selection', 'best_path',
-           'keep_checkpoint', 'load_best', 'tower_aside', 'fit', 'finish', 'training_set', 'load_run', 'EvaluateConfig',
-           'evaluation_config', 'smoke_run']
+           'keep_checkpoint', 'load_best', 'tower_aside', 'fit', 'finish', 'tidy', 'training_set', 'load_run',
+           'EvaluateConfig', 'evaluation_config', 'smoke_run']
 
 # %% ../nbs/10_trainer.ipynb #b3146ce3
 import contextlib, dataclasses, json, math, os, tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from .attributes import MODES
@@ -354,9 +356,8 @@ def build_method(config: TrainConfig) -> Method:
 # %% ../nbs/10_trainer.ipynb #4ba5bb74
 def checkpoint_layers(encoder: Blip2Encoder) -> None:
     "Recompute each Q-Former layer in the backward pass instead of keeping what it computed."
-    qformer = encoder.qformer
-    enable = getattr(qformer, "activation_checkpointing_enable", None) or qformer.gradient_checkpointing_enable  # the name before transformers 5.20
-    enable({"use_reentrant": False})
+    for layer in encoder.qformer.encoder.layer:
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, partial(checkpoint, use_reentrant=False)
 
 # %% ../nbs/10_trainer.ipynb #ce325710
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -458,6 +459,7 @@ def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int |
     "Train to the end, or to epoch `until`, from the last finished epoch if there is one. `evaluate(method) -> dict` runs now and then. A finished run is loaded."
     config, resume = run.config, run.folder / "resume.safetensors"
     if run.finished:
+        tidy(run)  # it may have been stopped in its last move
         load_state(method, read_weights(run.folder / "model.safetensors"), run.folder)
         return run.events
     if config.select_on != "last" and evaluate is None: raise ValueError(f"select_on={config.select_on} needs an evaluate function: give one to fit, or use select_on=last")
@@ -484,6 +486,9 @@ def finish(run: Run, method: Method) -> None:
     choice = load_best(run, method)
     if choice["select_on"] != "last": run.log("selection", **choice)
     save_weights(run.folder / "model.safetensors", method, method=run.config.method, encoder=run.config.encoder, epoch=str(choice["epoch"]))
+    tidy(run)
+
+def tidy(run: Run) -> None:
     for path in [run.folder / "resume.safetensors", *run.folder.glob("best-*.safetensors")]: path.unlink(missing_ok=True)
 
 # %% ../nbs/10_trainer.ipynb #41f4a20a
