@@ -449,7 +449,7 @@ def load_best(run: Run, method: Method) -> dict:
 @contextlib.contextmanager
 def tower_aside(method: Method):
     "Keep the frozen tower in main memory for a while."
-    tower, home = method.encoder.vision_tower, next(method.encoder.vision_tower.parameters()).device
+    tower, home = method.encoder.vision_tower, next(method.parameters()).device
     tower.to("cpu")
     try: yield
     finally: tower.to(home)

@@ -16,7 +16,7 @@ from dqe_cir.methods import METHODS
 from dqe_cir.methods.base import Batch
 from dqe_cir.trainer import Stepper, checkpoint_layers, tower_aside, train_config, training_step
 
-STEPS, RATE = 20, 1e-4  # random weights have further to go than pretrained ones
+STEPS, RATE, RISE = 20, 5e-5, 5  # random weights have further to go than pretrained ones
 WORDS = ("red", "blue", "longer", "shorter", "striped", "plain", "with a collar", "without sleeves")
 
 
@@ -34,10 +34,11 @@ def reset(device):
 
 
 def fixed_batch(encoder, name, count):
-    "Random tokens of references, targets and negatives in the encoder's shape, and texts."
+    "Random tokens of references, targets and negatives in the encoder's shape, each image about a centre of its own, and texts."
     places = (encoder.config.vision_config.image_size // encoder.config.vision_config.patch_size) ** 2 + 1
     random = generator(0, "gpu", name)
-    draw = lambda *size: torch.randn(*size, places, encoder.ln_vision.weight.shape[0], generator=random)
+    normal = lambda *size: torch.randn(*size, encoder.ln_vision.weight.shape[0], generator=random)
+    draw = lambda *size: normal(*size, 1) + 0.5 * normal(*size, places)
     texts = [f"is {WORDS[i % 8]} and {WORDS[i // 8 % 8]}" for i in range(count)]
     return Batch(draw(count), texts, draw(count), torch.arange(count), draw(count, 1) if METHODS[name].uses_negatives else None)
 
@@ -53,7 +54,7 @@ def encoding(encoder, device, count=64):
 
 
 def training(make_encoder, name, device, count, checkpointing, precision="auto"):
-    "Losses of the steps, their pace without the first five, and the peak memory, with the tower aside."
+    "Losses of the steps, their pace after the rise of the learning rate, and the peak memory, with the tower aside."
     torch.manual_seed(0)
     encoder = make_encoder()
     config = train_config({"method": name, "dataset": "fashioniq", "encoder": "full size, random", "device": "cpu"})
@@ -63,11 +64,12 @@ def training(make_encoder, name, device, count, checkpointing, precision="auto")
     with tower_aside(method):
         reset(device)
         for step in range(STEPS):
-            if step == 5: wait(device); started = time.perf_counter()
+            if step == RISE: wait(device); started = time.perf_counter()
+            stepper.set_rate(min(1.0, (step + 1) / RISE))
             losses.append(training_step(method, [(batch, 1.0)], stepper)["total"])
         wait(device)
     return {"batch": count, "precision": str(stepper.dtype).removeprefix("torch."), "checkpointing": checkpointing, "losses": [round(loss, 4) for loss in losses],
-            "steps_per_second": round((STEPS - 5) / (time.perf_counter() - started), 2), "peak_memory_GiB": peak(device)}
+            "steps_per_second": round((STEPS - RISE) / (time.perf_counter() - started), 2), "peak_memory_GiB": peak(device)}
 
 
 def measure(make_encoder, device, count=32):

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 from dqe_cir import trainer
 from dqe_cir.core import generator
 from dqe_cir.data import CIRDataset, Triplet, load_dataset
-from dqe_cir.encoder import cache_tokens, load_encoder
+from dqe_cir.encoder import TokenCache, cache_tokens, load_encoder
 from dqe_cir.evaluator import evaluate
 from dqe_cir.methods import METHODS
 from dqe_cir.methods.base import parameter_groups
@@ -191,6 +192,23 @@ def test_checkpointing_gives_the_same_gradients_with_dropout(name):
     for key in plain: assert torch.equal(plain[key], again[key]), key
 
 
+@pytest.mark.parametrize("progress", [0.0, 1.0])
+@pytest.mark.parametrize("name", list(METHODS))
+def test_bfloat16_reaches_the_same_parameters(name, progress):
+    "Autocast keeps lowered copies of weights; one made where no gradient was wanted must not be used where one is."
+    def step(precision):
+        method = build_method(train_config({"method": name, "device": "cpu"})).train()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            training_step(method, [(toy_batch(method.encoder, negatives=int(METHODS[name].uses_negatives), progress=progress), 1.0)], Stepper(method, 0.0, precision=precision))
+        return {key: value for key, value in gradients(method).items() if value.abs().max() > 1e-7 and not key.endswith("key.bias")}  # softmax cancels these
+    exact, lowered = step("float32"), step("bfloat16")
+    assert exact.keys() == lowered.keys()
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in lowered.values())
+    one, other = (torch.cat([value.flatten() for _, value in sorted(found.items())]) for found in (exact, lowered))
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.95
+
+
 def test_precision_follows_the_device():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert autocast_dtype("auto", cpu) is torch.float32 and autocast_dtype("bfloat16", cpu) is torch.bfloat16
@@ -217,12 +235,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
 
 
 def test_the_tower_comes_back_whatever_happens():
-    method = build_method(train_config({"method": "info_nce", "device": "cpu"}))
-    method.encoder.vision_tower.to("meta")  # stands for a GPU; leaving it would fail, so watch where it is sent
-    sent = []
+    method, sent = build_method(train_config({"method": "info_nce", "device": "cpu"})).to("meta"), []  # stands for a GPU
     with mock.patch.object(type(method.encoder.vision_tower), "to", lambda self, place: sent.append(str(place))), pytest.raises(KeyboardInterrupt):
         with tower_aside(method): raise KeyboardInterrupt
     assert sent == ["cpu", "meta"]
+
+
+def test_cached_tokens_become_float32_on_the_device():
+    stored = np.arange(24, dtype=np.float16).reshape(4, 3, 2)
+    tokens = TokenCache(list("abcd"), stored)[["c", "a"]]
+    assert tokens.dtype == torch.float32 and tokens.tolist() == stored[[2, 0]].tolist()
+    there = TokenCache(list("abcd"), stored, "meta")[["c"]]  # stands for a GPU
+    assert there.device.type == "meta" and there.dtype == torch.float32
 
 
 # ---- runs that are stopped
