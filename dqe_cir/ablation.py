@@ -6,7 +6,7 @@
 __all__ = ['PLAIN', 'DQE', 'CONDITIONS', 'AFTER_WARM_UP', 'NAMED', 'SMALL', 'STUDENT', 'warm_up_key', 'share_above',
            'suppression', 'excluding_pairs', 'confusion', 'in_batch_false_negatives', 'Job', 'study_jobs', 'load_sets',
            'peak_memory', 'epochs_done', 'costs', 'walk', 'warm_up', 'start_from', 'run_job', 'parameters',
-           'extra_measures', 'run_study', 'in_processes', 'StudyConfig', 'common', 'named', 'study_config',
+           'extra_measures', 'run_study', 'in_processes', 'StudyConfig', 'common', 'named', 'seed_list', 'study_config',
            'small_study', 'interval', 'values_of', 'paired', 'summary_table', 'difference_table', 'outcome', 'finding',
            'findings', 'study_record', 'read_study', 'source_line', 'study_report', 'telling_rows', 'side_by_side',
            'draw_sheet']
@@ -297,7 +297,13 @@ def named(self: StudyConfig) -> dict[str, dict]: return {name: CONDITIONS[name] 
 StudyConfig.common, StudyConfig.named = property(common), property(named)
 StudyConfig.folder = property(lambda self: (checkout() or Path.cwd()) / self.study)
 StudyConfig.record_path = property(lambda self: (checkout() or Path.cwd()) / self.record if self.record else self.folder / "records.json")
-StudyConfig.seed_list = property(lambda self: [int(seed) for seed in self.seeds.split(",")])
+
+def seed_list(self: StudyConfig) -> list[int]:
+    wrong = [seed for seed in self.seeds.split(",") if not seed.strip().isdigit()]
+    if wrong: raise ValueError(f"seeds={self.seeds!r} must be numbers with commas between, such as 0,1,2")
+    return [int(seed) for seed in self.seeds.split(",")]
+
+StudyConfig.seed_list = property(seed_list)
 
 # %% ../nbs/15_ablation.ipynb #fb7c644b
 def study_config(values: dict) -> StudyConfig:
@@ -305,10 +311,9 @@ def study_config(values: dict) -> StudyConfig:
     config = checked(StudyConfig, values)
     unknown = [name for name in config.conditions.split(",") if name not in ("all", *CONDITIONS)]
     if unknown: raise ValueError(f"unknown condition {unknown[0]!r}; known: all, or some of {', '.join(CONDITIONS)}")
-    wrong = [seed for seed in config.seeds.split(",") if not seed.strip().isdigit()]
-    if wrong: raise ValueError(f"seeds={config.seeds!r} must be numbers with commas between, such as 0,1,2")
     if config.baseline not in CONDITIONS: raise ValueError(f"unknown baseline {config.baseline!r}; known: {', '.join(CONDITIONS)}")
     if config.sheet and not set(config.pair.split(",")) <= config.named.keys(): raise ValueError(f"pair={config.pair!r} must name two conditions of this study")
+    config.seed_list  # raises where seeds are misspelt
     return config
 
 # %% ../nbs/15_ablation.ipynb #7bb33d26
