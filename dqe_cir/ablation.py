@@ -376,7 +376,7 @@ def outcome(mean: float, half: float) -> str:
 def finding(records: list[dict], condition: str, baseline: str, measure: str = "mAP") -> str:
     "One sentence in Markdown, its verb taken from the interval."
     shared = values_of(records, condition, measure).keys() & values_of(records, baseline, measure).keys()
-    if len(shared) < 2: return f"`{condition}` and `{baseline}` have {len(shared)} seeds in common: no interval, no finding."
+    if len(shared) < 2: return f"`{condition}` and `{baseline}` share fewer than two seeds: no interval, no finding."
     mean, half, n = paired(records, condition, baseline, measure)
     return f"`{condition}` **{outcome(mean, half)}** `{baseline}`: {mean:+.1f} points of {measure}, 95 % interval {mean - half:+.1f} to {mean + half:+.1f}, {n} seeds."
 
