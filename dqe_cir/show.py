@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STAMPS', 'FRAMES', 'line_figure', 'loss_figure', 'metric_figure', 'refresh_figure', 'interval_figure',
-           'point_figure', 'table_title', 'text_table', 'metrics_table', 'banner', 'framed', 'verdict', 'contact_sheet',
-           'request_text', 'evenly_spaced']
+           'label_places', 'point_figure', 'table_title', 'text_table', 'metrics_table', 'banner', 'framed', 'verdict',
+           'contact_sheet', 'request_text', 'evenly_spaced']
 
 # %% ../nbs/12_show.ipynb #6a276c9d
 import textwrap
@@ -64,18 +64,26 @@ def interval_figure(rows: dict[str, tuple[float, float]], title: str, x: str) ->
     return figure.update_yaxes(autorange="reversed", showgrid=False)
 
 # %% ../nbs/12_show.ipynb #b52ed64d
+def label_places(points: dict[str, tuple[float, float, float]]) -> dict[str, str]:
+    "For each point (x, y, _) the plotly text position that faces away from its nearest neighbour."
+    width, height = (max(p[i] for p in points.values()) - min(p[i] for p in points.values()) or 1 for i in (0, 1))
+    def place(name):
+        x, y, _ = points[name]
+        others = [(abs(a - x) / width + abs(b - y) / height, a, b) for other, (a, b, _) in points.items() if other != name]
+        _, a, b = min(others, default=(0, x, y))
+        return f"{'top' if y >= b else 'bottom'} {'left' if x < a else 'right'}"
+    return {name: place(name) for name in points}
+
 def point_figure(points: dict[str, tuple[float, float, float]], title: str, x: str, y: str) -> go.Figure:
     "Named points (x, y, spread of y)."
     figure = go.Figure(layout=dict(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white", width=620, height=360, showlegend=False,
                                    margin=dict(l=60, r=40, t=50, b=50)))
-    order = sorted(points, key=lambda name: points[name][0])
-    middle = (points[order[0]][0] + points[order[-1]][0]) / 2
-    for place, name in enumerate(order):
-        across, up, spread = points[name]
-        side, colour = f"{('top', 'bottom')[place % 2]} {'left' if across > middle else 'right'}", COLOURS[place % len(COLOURS)]
-        figure.add_scatter(x=[across], y=[up], text=[name], mode="markers+text", textposition=side,
+    low, high = min(p[0] for p in points.values()), max(p[0] for p in points.values())
+    places, pad = label_places(points), 0.15 * (high - low or 1)
+    for (name, (across, up, spread)), colour in zip(points.items(), COLOURS * len(points)):
+        figure.add_scatter(x=[across], y=[up], text=[name], mode="markers+text", textposition=places[name],
                            marker=dict(size=10, color=colour), error_y=dict(array=[spread], color=colour, thickness=1.5))
-    return figure
+    return figure.update_xaxes(range=[low - pad, high + pad])
 
 # %% ../nbs/12_show.ipynb #b934db43
 STAMPS = {"real": "", "garments": "garments benchmark", "sample": "GARMENTS SAMPLE, NOT THE REAL DATA"}
