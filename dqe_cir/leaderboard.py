@@ -30,6 +30,7 @@ class LeaderboardConfig(StudyConfig):
     factors: str = "0.25,0.5,1"
     rates: str = ""
 
+# %% ../nbs/22_leaderboard.ipynb #9320e322
 LeaderboardConfig.methods = property(lambda self: list(METHODS) if self.conditions == "all" else self.conditions.split(","))
 LeaderboardConfig.factor_list = property(lambda self: [float(factor) for factor in self.factors.split(",")])
 LeaderboardConfig.rates_path = property(lambda self: (checkout() or Path.cwd()) / self.rates if self.rates else self.folder / "learning_rates.json")
@@ -69,6 +70,7 @@ def search_table(record: dict) -> dict[str, dict[float, float]]:
         table.setdefault(parameters["method"], {})[parameters["lr"]] = run["metrics"]["mAP"]
     return table
 
+# %% ../nbs/22_leaderboard.ipynb #64211b54
 def best_rates(record: dict) -> dict[str, float]:
     "The learning rate of each method with the highest mAP on dev; of equals the smallest."
     return {method: max(sorted(tried), key=tried.get) for method, tried in search_table(record).items()}
@@ -88,6 +90,7 @@ def chosen_rates(config: LeaderboardConfig) -> dict[str, float]:
     if missing: raise ValueError(f"{path} has no learning rate for {', '.join(missing)}: run -p stage search first, or give -p rates preset")
     return {name: found[name] for name in config.methods}
 
+# %% ../nbs/22_leaderboard.ipynb #a78b2406
 def compare_jobs(config: LeaderboardConfig) -> list[Job]:
     "Every method with its rate and every seed."
     return study_jobs(config.folder, {name: dict(method=name, lr=rate) for name, rate in chosen_rates(config).items()}, config.seed_list, config.common)
@@ -97,6 +100,7 @@ def headline(record: dict) -> str:
     "The measure that orders the table: mAP where right answers are known, else the mean of the recalls."
     return "mAP" if "mAP" in record["runs"][0]["metrics"] else "mean"
 
+# %% ../nbs/22_leaderboard.ipynb #c15ced5f
 def cost(record: dict, method: str, name: str) -> float | None:
     "The mean of a cost over a method's seeds; None where the record does not have it."
     values = [run["cost"][name] for run in record["runs"] if run["condition"] == method and run.get("cost", {}).get(name) is not None]
