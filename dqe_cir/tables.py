@@ -153,8 +153,8 @@ def needs(dataset: str, config: TrainConfig | None = None, tower: str = "vit_g",
         (queries, gallery), trained = TRAINING[dataset], 16
         negatives = config.negatives_per_query if METHODS[config.method].uses_negatives else 0
         refreshes = (config.epochs - config.warmup_epochs) // max(1, config.refresh_every) if negatives else 0
-        work += 3 * config.epochs * queries * (joint + (1 + negatives) * alone) + refreshes * (queries * joint + gallery * alone)
-        activations = 0.2 * config.batch_size
+        work += (4 if config.checkpointing else 3) * config.epochs * queries * (joint + (1 + negatives) * alone) + refreshes * (queries * joint + gallery * alone)
+        activations = (0.035 if config.checkpointing else 0.2) * config.batch_size
     memory = 2 * size["parameters"]["tower"] + trained * size["parameters"]["trained"] + gallery * 32 * 256 * 4
     return {"hours": work / (1000 * teraflops) / 3600, "GiB": memory / 2 ** 30 + activations + 1, "GB": pictures * 2 * size["tokens"][0] * size["tokens"][1] / 1e9}
 
@@ -167,7 +167,9 @@ def to_run(method: str, dataset: str) -> dict[str, str]:
         command, cost = f"evaluate.ipynb out.ipynb -p run_dir runs/{ZERO_SHOT[dataset]}-{method}-seed0 -p dataset {dataset}", needs(dataset)
     else:
         command = f"train.ipynb out.ipynb -p dataset {dataset} -p method {method} -p encoder Salesforce/blip2-itm-vit-g"
-        cost = needs(dataset, train_config({"dataset": dataset, "encoder": "full size", "method": method}))
+        plans = [needs(dataset, train_config({"dataset": dataset, "encoder": "full size", "method": method, "checkpointing": less})) for less in (False, True)]
+        cost = plans[plans[0]["GiB"] > 24]  # what does not fit a card of 24 GiB is given in the form that needs least
+        if cost is plans[1]: command += " -p checkpointing True"
     return {"command": f"`papermill nbs/{command}`", "GPU": f"{cost['GiB']:.0f} GiB (estimate)", "hours": f"{max(cost['hours'], 0.1):.1f} (estimate)",
             "disk": f"{ON_DISK[dataset]} GB of pictures, {cost['GB']:.0f} GB of tokens (estimate)"}
 

@@ -182,6 +182,8 @@ def test_prices_follow_from_sizes(dataset, gigabytes):
     assert usual["GB"] == pytest.approx(gigabytes, abs=0.05) and 0.3 < usual["hours"] < 2 and 10 < usual["GiB"] < 16
     assert plan(epochs=100)["hours"] > usual["hours"] and plan(batch_size=64)["GiB"] > usual["GiB"] + 3
     assert all(plan("vit_l")[name] < usual[name] for name in usual)
+    small = plan(checkpointing=True)
+    assert small["GiB"] < usual["GiB"] - 4 and small["hours"] > usual["hours"] and small["GB"] == usual["GB"]
     alone = needs(dataset)
     assert alone["hours"] < usual["hours"] and alone["GB"] == usual["GB"] and needs("hp_fashioniq")["hours"] < 0.05
     assert plan(method="dqe_cir")["hours"] > usual["hours"]
