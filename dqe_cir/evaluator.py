@@ -295,8 +295,8 @@ def has_answers(dataset: CIRDataset) -> bool: return all(triplet.target is not N
 
 def check_answers(dataset: CIRDataset) -> None:
     "Raise `ValueError` for a split without targets, saying what can be done with it."
-    advice = "it can be submitted, not evaluated" if SERVERS.get(dataset.name) == dataset.split else "and there is no server that has them: evaluate on val"
-    if not has_answers(dataset): raise ValueError(f"the {dataset.split} split of {dataset.name} has no targets: {advice}")
+    advice = ": it can be submitted, not evaluated" if SERVERS.get(dataset.name) == dataset.split else ", and there is no server that has them: evaluate on val"
+    if not has_answers(dataset): raise ValueError(f"the {dataset.split} split of {dataset.name} has no targets{advice}")
 
 # %% ../nbs/11_evaluator.ipynb #f54d6b9e
 def evaluate(method: Method, dataset: CIRDataset, tokens, protocol: Protocol | None = None) -> Evaluation:
