@@ -40,6 +40,7 @@ class Question:
     choice: int  # 1 or 2
     user: str
 
+# %% ../nbs/19_preference.ipynb #5c99dc6d
 @dataclass
 class PreferenceSet(CIRDataset):
     "HP-FashionIQ: `questions[i]` was asked about the query `triplets[i]`; the gallery is every image that has to be encoded."
