@@ -38,6 +38,7 @@ class Triplet:
     subset: tuple[str, ...] = ()  # CIRR: the six images of the group, the reference among them
     pair_id: str | None = None
     positives: frozenset[str] = frozenset()
+    aspects: tuple[str, ...] = ()  # CIRCO: what kinds of change the request asks for
 
 # %% ../nbs/02_data.ipynb #b22f2cc1
 @dataclass
@@ -73,6 +74,7 @@ GET = {
     "fashioniq": "data/README.md says where to get the FashionIQ images and how to lay them out",
     "cirr": "data/README.md says how to get the NLVR2 images of CIRR and how to lay them out",
     "circo": "data/README.md says where to get the COCO 2017 unlabeled images and how to lay them out",
+    "hp_fashioniq": "data/README.md says where hpfiq.json comes from; it lies in FashionIQ's folder, beside images/",
     "garments": "delete the folder and let make_garments() draw it again",
 }
 
@@ -335,7 +337,7 @@ def circo_triplet(row: dict, where: str, needs_target: bool) -> Triplet:
     if not isinstance(caption, str) or not stripped(caption): raise DataError(f"{where}: the relative_caption is empty; get the file again")
     target, truths = row.get("target_img_id"), row.get("gt_img_ids") or []
     return Triplet(str(row["reference_img_id"]), None if target is None else str(target), (row["relative_caption"],),
-                   pair_id=str(row["id"]), positives=frozenset(map(str, truths)))
+                   pair_id=str(row["id"]), positives=frozenset(map(str, truths)), aspects=tuple(row.get("semantic_aspects") or ()))
 
 # %% ../nbs/02_data.ipynb #e3256d2d
 def load_garments(root: Path | str, split: str) -> CIRDataset:

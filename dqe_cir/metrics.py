@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['recall_at_k', 'subset_ranks', 'check_relevant', 'average_precision', 'top1_valid', 'hit_table',
-           'mean_average_precision_at_k', 'listed_ranks', 'check_preferences', 'preference_ratio',
-           'preference_agreement', 'chance_recall_at_k', 'chance_average_precision']
+           'average_precision_at_k', 'mean_average_precision_at_k', 'listed_ranks', 'check_preferences',
+           'preference_ratio', 'preference_agreement', 'chance_recall_at_k', 'chance_average_precision']
 
 # %% ../nbs/05_metrics.ipynb #315ac3ee
 import torch
@@ -83,14 +83,19 @@ def hit_table(predictions: Tensor, relevant: list[set[int]]) -> Tensor:
         if len(right) == 0: raise ValueError(f"query {query} has no right answer")
     return torch.tensor([[image in right for image in row] for row, right in zip(rows, relevant)], dtype=torch.float64)
 
-# %% ../nbs/05_metrics.ipynb #b1d15f50
-def mean_average_precision_at_k(predictions: Tensor, relevant: list[set[int]], ks: list[int]) -> dict[int, float]:
-    "mAP@k in percent of predicted ids (Q,K) int, best first, against the ids of all right answers of each query."
+# %% ../nbs/05_metrics.ipynb #cfda676d
+def average_precision_at_k(predictions: Tensor, relevant: list[set[int]], ks: list[int]) -> dict[int, Tensor]:
+    "AP@k (Q,) in 0..1, float64, of predicted ids (Q,K) int, best first, against the ids of all right answers of each query."
     hits = hit_table(predictions, relevant)
     precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
     gained = (precision * hits).cumsum(1)
     sizes = torch.tensor([len(right) for right in relevant])
-    return {k: 100 * (gained[:, min(k, hits.shape[1]) - 1] / sizes.clamp(max=k)).mean().item() for k in ks}
+    return {k: gained[:, min(k, hits.shape[1]) - 1] / sizes.clamp(max=k) for k in ks}
+
+# %% ../nbs/05_metrics.ipynb #b1d15f50
+def mean_average_precision_at_k(predictions: Tensor, relevant: list[set[int]], ks: list[int]) -> dict[int, float]:
+    "mAP@k in percent of predicted ids (Q,K) int, best first, against the ids of all right answers of each query."
+    return {k: 100 * values.mean().item() for k, values in average_precision_at_k(predictions, relevant, ks).items()}
 
 # %% ../nbs/05_metrics.ipynb #4e8073fd
 def listed_ranks(predictions: Tensor, target: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def verdict(triplet, name: str) -> str:
 
 # %% ../nbs/12_show.ipynb #242e8a2a
 def contact_sheet(dataset: CIRDataset, rows: list[int], top: list[list[str]], k: int = 8, side: int = 84, found: str = "found, best first") -> Image.Image:
-    "Queries `rows` of a data set with their k best images; `top` holds every query's ranking, None in it leaves a gap."
+    "Queries `rows` of a data set with their k best images; `top` holds every query's ranking; None in it, or for a target, leaves a gap."
     words, gap = 190, 6
     sheet = Image.new("RGB", (2 * side + words + (k + 1) * (side + gap), 22 + len(rows) * (side + gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
@@ -140,7 +140,7 @@ def contact_sheet(dataset: CIRDataset, rows: list[int], top: list[list[str]], k:
         triplet, y = dataset.triplets[row], 22 + number * (side + gap)
         sheet.paste(framed(dataset.image_path(triplet.reference), "query", side), (0, y))
         draw.multiline_text((side + gap, y + 6), request_text(triplet), fill="black", font=font, spacing=2)
-        sheet.paste(framed(dataset.image_path(triplet.target), "target", side), (target_x, y))
+        if triplet.target: sheet.paste(framed(dataset.image_path(triplet.target), "target", side), (target_x, y))
         for i, name in enumerate(top[row][:k]):
             if name: sheet.paste(framed(dataset.image_path(name), verdict(triplet, name), side), (target_x + side + 3 * gap + i * (side + gap), y))
     return sheet

@@ -9,7 +9,7 @@ __all__ = ['PRESETS', 'ZONE_BOUNDS', 'PUBLISHED', 'SAMPLERS', 'HELD_OUT', 'MEASU
            'load_state', 'save_weights', 'read_weights', 'save_checkpoint', 'load_checkpoint', 'build_method',
            'checkpoint_layers', 'autocast_dtype', 'Stepper', 'training_step', 'train_epoch', 'selection', 'best_path',
            'keep_checkpoint', 'load_best', 'tower_aside', 'fit', 'finish', 'tidy', 'training_set', 'load_run',
-           'EvaluateConfig', 'evaluation_config', 'smoke_run']
+           'EvaluateConfig', 'evaluation_protocol', 'evaluation_config', 'training_origin', 'smoke_run']
 
 # %% ../nbs/10_trainer.ipynb #b3146ce3
 import contextlib, dataclasses, json, math, os, tempfile
@@ -520,17 +520,40 @@ class EvaluateConfig:
     data_root: str = ""
     size: str = ""
     device: str = "auto"
+    protocol: str = ""  # the preset of a system; empty: the data set's own
+    gallery: str = ""
+    exclude_reference: bool | None = None
+    caption_order: str = ""
+    prompt: str = ""
+
+# %% ../nbs/10_trainer.ipynb #5bcb50e5
+from .evaluator import Protocol, protocol_for
+
+def evaluation_protocol(config: EvaluateConfig) -> Protocol:
+    "The rules that an evaluation's parameters ask for."
+    if (config.dataset, config.split) == ("fashioniq", "test"):
+        raise ValueError("the test split of fashioniq has no targets, and there is no server that has them: evaluate on val")
+    return protocol_for(config.dataset, config.protocol, gallery=config.gallery, exclude_reference=config.exclude_reference,
+                        caption_order=config.caption_order, prompt=config.prompt)
 
 # %% ../nbs/10_trainer.ipynb #9f42b596
 def evaluation_config(values: dict) -> EvaluateConfig:
-    "The resolved `EvaluateConfig`; no run to evaluate raises `ValueError`."
+    "The resolved `EvaluateConfig`; no run to evaluate and rules that the data set does not have raise `ValueError`."
     config = checked(EvaluateConfig, values)
     home = (checkout() or Path.cwd()) / "runs"
     finished = sorted(home.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
     if not config.run_dir and not finished: raise ValueError(f"no finished run under {home}: train first, or give run_dir")
     folder = config.run_dir or str(finished[-1].parent)
     trained = read_config(Path(folder))
-    return dataclasses.replace(config, run_dir=folder, dataset=config.dataset or trained["dataset"], size=config.size or trained["size"])
+    config = dataclasses.replace(config, run_dir=folder, dataset=config.dataset or trained["dataset"], size=config.size or trained["size"])
+    evaluation_protocol(config)
+    return config
+
+# %% ../nbs/10_trainer.ipynb #fccc5f81
+def training_origin(folder: Path) -> dict[str, str]:
+    "`trained_on`, the data set of a run, and `trained_data`, its kind: real, garments, sample or unknown."
+    record = Path(folder) / "results.json"
+    return {"trained_on": read_config(folder)["dataset"], "trained_data": json.loads(record.read_text())["data"] if record.exists() else "unknown"}
 
 # %% ../nbs/10_trainer.ipynb #45498464
 SMOKE = {"size": "smoke", "epochs": 2, "batch_size": 16}
