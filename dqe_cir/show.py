@@ -101,12 +101,12 @@ def contact_sheet(dataset: CIRDataset, rows: list[int], top: list[list[str]], k:
     sheet = Image.new("RGB", (2 * side + words + (k + 1) * (side + gap), 22 + len(rows) * (side + gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     target_x = side + words + gap
-    for x, text in ((4, "reference"), (side + gap, "request"), (target_x, "target"), (target_x + side + 3 * gap, found)):
+    for x, text in ((4, "reference"), (max(side, 56) + gap, "request"), (target_x, "target"), (target_x + side + 3 * gap, found)):
         draw.text((x, 3), text, fill="#555555", font=font)
     for number, row in enumerate(rows):
         triplet, y = dataset.triplets[row], 22 + number * (side + gap)
         sheet.paste(framed(dataset.image_path(triplet.reference), "query", side), (0, y))
-        draw.multiline_text((side + gap, y + 6), request_text(triplet), fill="black", font=font, spacing=2)
+        draw.multiline_text((side + gap, y + 6), request_text(triplet, lines=max(2, (side - 6) // 15)), fill="black", font=font, spacing=2)
         sheet.paste(framed(dataset.image_path(triplet.target), "target", side), (target_x, y))
         for i, name in enumerate(top[row][:k]):
             if name: sheet.paste(framed(dataset.image_path(name), verdict(triplet, name), side), (target_x + side + 3 * gap + i * (side + gap), y))

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNNER_NAMES = ("train", "evaluate", "pretrain", "ablate", "search")
+RUNNER_NAMES = ("train", "evaluate", "pretrain", "ablate", "search", "inspect_run")
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
                    if ".ipynb_checkpoints" not in path.parts and not path.name.startswith("_"))
 RUNNERS = [path for path in NOTEBOOKS if path.stem in RUNNER_NAMES]
