@@ -8,7 +8,7 @@ __all__ = ['GROUPS', 'InspectConfig', 'inspect_config', 'run_names', 'delta_trac
            'confusion_figure', 'quality', 'worst_rows', 'score_note', 'worst_sheet', 'request_kinds', 'request_table',
            'gains', 'verdict_counts', 'comparison_figure', 'extreme_rows', 'gain_table', 'comparison_sheet']
 
-# %% ../nbs/21_inspection.ipynb #945eea74
+# %% ../nbs/21_inspection.ipynb #de2662ee
 import dataclasses, math
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from .sampler import Sampler, around, possible_negatives, relative_scores, sprea
 from .show import COLOURS, contact_sheet, text_table
 from .trainer import SAMPLERS, EvaluateConfig, TrainConfig, evaluation_config, read_config
 
-# %% ../nbs/21_inspection.ipynb #b9b2d254
+# %% ../nbs/21_inspection.ipynb #22d01cc4
 @dataclasses.dataclass(frozen=True)
 class InspectConfig(EvaluateConfig):
     "Every parameter of an inspection; empty means: as in the run."
@@ -40,14 +40,15 @@ def inspect_config(values: dict) -> InspectConfig:
     if config.other: read_config(Path(config.other))
     return InspectConfig(**vars(resolved), other=config.other)
 
-# %% ../nbs/21_inspection.ipynb #90949128
+# %% ../nbs/21_inspection.ipynb #73af6c57
 def run_names(config: InspectConfig) -> tuple[str, ...]:
-    "What to call the run and the other one: their methods, or their folders where the methods are the same."
+    "What to call the run and the other one: their methods, or their folders where the methods are the same, or first and second."
     folders = [Path(folder) for folder in (config.run_dir, config.other) if folder]
-    methods = [read_config(folder)["method"] for folder in folders]
-    return tuple(methods if len(set(methods)) == len(methods) else [folder.resolve().name for folder in folders])
+    methods, called = [read_config(folder)["method"] for folder in folders], [folder.resolve().name for folder in folders]
+    different = next((names for names in (methods, called) if len(set(names)) == len(names)), ["the first", "the second"])
+    return tuple(different)
 
-# %% ../nbs/21_inspection.ipynb #69ff52cd
+# %% ../nbs/21_inspection.ipynb #6011e600
 GROUPS = {"possible": ("all candidates", "#8ea3b8"), "right": ("right, but unmarked", "#2e8b57"), "zone": ("the zone", "#1f5fa8")}
 
 def delta_traces(report: dict) -> list:
@@ -63,19 +64,19 @@ def delta_traces(report: dict) -> list:
                                      fill="tozeroy", mode="lines", line=dict(color=colour, shape="hvh"), hovertemplate="%{x:.2f}: %{y:.0%} of its highest step"))
     return traces
 
-# %% ../nbs/21_inspection.ipynb #f7caff0e
+# %% ../nbs/21_inspection.ipynb #64cf5f27
 def delta_title(name: str, report: dict) -> str:
     "One line: when, how large the zone is, how many of it are right answers after all, and where the target ranks."
     wrong = f", {report['false_negatives']:.1f} % of it right answers" if "false_negatives" in report else ""
     return f"{name}: zone of {report['zone_size'][1]:.0f} images{wrong}; median rank of the target {report['target_rank'][1]:.0f}"
 
-# %% ../nbs/21_inspection.ipynb #76bcc99a
+# %% ../nbs/21_inspection.ipynb #811bfc7d
 def delta_reports(events: list[dict], final: dict | None = None) -> dict[str, dict]:
     "Name to report of all refreshes of a run that counted, and of the `final` model."
     reports = {f"before epoch {event['epoch']}": event for event in events if event["kind"] == "refresh" and "counts" in event}
     return reports | ({"after training": final} if final else {})
 
-# %% ../nbs/21_inspection.ipynb #ae2c133c
+# %% ../nbs/21_inspection.ipynb #a5fc548c
 def film_controls(names: list[str]) -> dict:
     "A play button and a slider over named frames; the last one is the one shown."
     show = lambda chosen, duration: dict(method="animate", args=[chosen, dict(mode="immediate", frame=dict(duration=duration, redraw=True), transition=dict(duration=0))])
@@ -83,14 +84,14 @@ def film_controls(names: list[str]) -> dict:
     slider = dict(active=len(names) - 1, steps=[show([name], 0) | dict(label=name) for name in names], x=0.12, len=0.88, y=-0.2, pad=dict(t=0), currentvalue_visible=False)
     return dict(updatemenus=[play], sliders=[slider])
 
-# %% ../nbs/21_inspection.ipynb #ba8f14db
+# %% ../nbs/21_inspection.ipynb #0f8d86ef
 def delta_range(reports: dict[str, dict]) -> list[float]:
     "The part of the grid that holds anything in any report, with a step to spare on either side."
     low, high, steps = DELTA_GRID
     used = [i for report in reports.values() for counts in report["counts"].values() for i, count in enumerate(counts) if count]
     return [round(low + step * (high - low) / steps, 4) for step in (min(used) - 1, max(used) + 2)]
 
-# %% ../nbs/21_inspection.ipynb #5b1234ee
+# %% ../nbs/21_inspection.ipynb #0a08cd91
 def delta_figure(reports: dict[str, dict]) -> go.Figure:
     "The distributions as a film over the reports; it starts with the last one, and so does its still picture."
     *_, last = reports
@@ -102,12 +103,12 @@ def delta_figure(reports: dict[str, dict]) -> go.Figure:
         yaxis=dict(title="relative to its highest step", range=[0, 1.06], showgrid=False), legend=dict(x=0.99, xanchor="right", y=0.98),
         shapes=[dict(type="line", x0=0, x1=0, y0=0, y1=1, yref="paper", line=dict(dash="dot", width=1))], **film_controls(list(reports)))
 
-# %% ../nbs/21_inspection.ipynb #c386777e
+# %% ../nbs/21_inspection.ipynb #e125df7a
 def run_sampler(config: TrainConfig) -> Sampler:
     "The sampler of a run; where nothing was mined, the mid-zone that its configuration describes."
     return SAMPLERS[config.negatives](config) or SAMPLERS["trns"](config)
 
-# %% ../nbs/21_inspection.ipynb #f64844de
+# %% ../nbs/21_inspection.ipynb #b4a73909
 def noted(dataset: CIRDataset, rows: list[int], notes: list[str]) -> CIRDataset:
     "The queries `rows`, each with a note before its captions, and all its right answers as positives."
     triplets = [dataset.triplets[row] for row in rows]
@@ -115,8 +116,8 @@ def noted(dataset: CIRDataset, rows: list[int], notes: list[str]) -> CIRDataset:
                 for t, note in zip(triplets, notes)]
     return dataclasses.replace(dataset, triplets=triplets)
 
-# %% ../nbs/21_inspection.ipynb #5e3d1810
-def zone_strips(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, rows: list[int], count: int = 5) -> Image.Image:
+# %% ../nbs/21_inspection.ipynb #fc048ad1
+def zone_strips(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, rows: list[int], count: int = 4) -> Image.Image:
     "A sheet of queries with images nearer than the zone, in it, and beyond it; the note gives the zone's size and its range of Delta."
     few, strips, notes = dataclasses.replace(dataset, triplets=[dataset.triplets[row] for row in rows], galleries=candidate_ids(dataset)), {}, {}
     for part in score_dataset(method, few, tokens):
@@ -129,12 +130,12 @@ def zone_strips(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, r
             near_far = [names + [None] * (count - len(names)) for names in picks]
             strips[row] = [*near_far[0], None, *near_far[1], None, *near_far[2]]
             band = delta[i][inside[i]]
-            notes[row] = f"{len(band)} images, {band.min():.2f} to {band.max():.2f}" if len(band) else "no zone"
+            notes[row] = f"{len(band)}: {band.min():.2f} to {band.max():.2f}" if len(band) else "no zone"
     order = range(len(rows))
-    return contact_sheet(noted(dataset, rows, [notes[i] for i in order]), order, [strips[i] for i in order], k=3 * count + 2, side=48,
+    return contact_sheet(noted(dataset, rows, [notes[i] for i in order]), order, [strips[i] for i in order], k=3 * count + 2, side=56,
                          found="nearer than the zone | in the zone | beyond it")
 
-# %% ../nbs/21_inspection.ipynb #641b289f
+# %% ../nbs/21_inspection.ipynb #3748e854
 def attribute_confusion(dataset: CIRDataset, top: list[list[str]], name: str) -> dict[str, torch.Tensor]:
     "`asked for` and `kept`: counts (V,V) int64 of queries by the one value expected (row) and the value of the first image (column), in the order of `ATTRIBUTES`."
     place = ATTRIBUTES[name].index
@@ -145,7 +146,7 @@ def attribute_confusion(dataset: CIRDataset, top: list[list[str]], name: str) ->
         if len(expected) == 1: tables["asked for" if asked else "kept"][place(expected[0]), place(dataset.attributes[first][name])] += 1
     return tables
 
-# %% ../nbs/21_inspection.ipynb #83962fb3
+# %% ../nbs/21_inspection.ipynb #eaf24b12
 def confusion_figure(dataset: CIRDataset, top: list[list[str]]) -> go.Figure:
     "Heat maps in percent of each row: the upper ones of what was asked for, the lower ones of what was to be kept."
     tables = {name: attribute_confusion(dataset, top, name) for name in ATTRIBUTES}
@@ -162,7 +163,7 @@ def confusion_figure(dataset: CIRDataset, top: list[list[str]]) -> go.Figure:
     return figure.update_layout(template="plotly_white", width=1180, height=620, margin=dict(l=70, r=10, t=70, b=50), font_size=11, plot_bgcolor="#ececec",
                                 title=dict(text="Value expected (down) and value of the first image (across), percent of each row; grey: no such query", font_size=15))
 
-# %% ../nbs/21_inspection.ipynb #a17d6c38
+# %% ../nbs/21_inspection.ipynb #4bfc499f
 def quality(result: Evaluation) -> torch.Tensor:
     "(Q,) float: average precision in points where right answers are known, else minus the binary logarithm of the target's rank; higher is better."
     precision = result.measures.get("average_precision")
@@ -173,7 +174,7 @@ def worst_rows(result: Evaluation, count: int) -> list[int]:
     good, rank = quality(result).tolist(), result.measures["rank"].tolist()
     return sorted(range(len(rank)), key=lambda row: (good[row], -rank[row], row))[:count]
 
-# %% ../nbs/21_inspection.ipynb #038f5966
+# %% ../nbs/21_inspection.ipynb #009dde63
 def score_note(result: Evaluation, row: int) -> str:
     "AP and rank of a query in words."
     precision = result.measures.get("average_precision")
@@ -184,7 +185,7 @@ def worst_sheet(dataset: CIRDataset, result: Evaluation, count: int = 8) -> Imag
     rows = worst_rows(result, count)
     return contact_sheet(noted(dataset, rows, [score_note(result, row) for row in rows]), range(len(rows)), [result.top[row] for row in rows])
 
-# %% ../nbs/21_inspection.ipynb #9016d1e6
+# %% ../nbs/21_inspection.ipynb #9926cac3
 def request_kinds(dataset: CIRDataset) -> dict[str, list[int]]:
     "Rows of queries by what they ask for; a query is in several kinds."
     asked = [dataset.mentions[t.pair_id] for t in dataset.triplets]
@@ -193,7 +194,7 @@ def request_kinds(dataset: CIRDataset) -> dict[str, list[int]]:
     for count in sorted({len(values) for values in asked}): kinds[f"{count} change{'s' * (count > 1)}"] = [row for row, values in enumerate(asked) if len(values) == count]
     return {kind: rows for kind, rows in kinds.items() if rows}
 
-# %% ../nbs/21_inspection.ipynb #31963c84
+# %% ../nbs/21_inspection.ipynb #1ef288c3
 def request_table(dataset: CIRDataset, results: dict[str, Evaluation]):
     "Mean average precision by kind of request, one column per run."
     columns = {f"mAP {name}": result.measures["average_precision"] for name, result in results.items()}
@@ -201,7 +202,7 @@ def request_table(dataset: CIRDataset, results: dict[str, Evaluation]):
             for kind, rows in request_kinds(dataset).items()}
     return text_table(rows, ["queries", *columns], f"{dataset.name} {dataset.split}: by what is asked for")
 
-# %% ../nbs/21_inspection.ipynb #c17abc0a
+# %% ../nbs/21_inspection.ipynb #e705e121
 def gains(one: Evaluation, other: Evaluation) -> torch.Tensor:
     "(Q,) float: what the second run gains over the first, in points of AP, or in halvings of the rank where AP is unknown."
     return quality(other) - quality(one)
@@ -212,7 +213,7 @@ def verdict_counts(one: Evaluation, other: Evaluation) -> str:
     better, worse = int((gain > 0).sum()), int((gain < 0).sum())
     return f"{better} queries better, {worse} worse, {len(gain) - better - worse} the same; mean {gain.mean():+.1f} {unit}"
 
-# %% ../nbs/21_inspection.ipynb #167e984d
+# %% ../nbs/21_inspection.ipynb #bc0cc34e
 def comparison_figure(dataset: CIRDataset, one: Evaluation, other: Evaluation, names: tuple[str, str]) -> go.Figure:
     "A scatter of all queries of two runs, with the query in the hover text."
     known, gain = "average_precision" in one.measures, gains(one, other)
@@ -229,13 +230,13 @@ def comparison_figure(dataset: CIRDataset, one: Evaluation, other: Evaluation, n
     return figure.update_layout(title=dict(text=verdict_counts(one, other), font_size=15), template="plotly_white", width=720, height=600, margin=dict(l=60, r=20, t=50, b=50),
                                 xaxis=dict(title=f"{what}, {names[0]}", **axis), yaxis=dict(title=f"{what}, {names[1]}", **axis))
 
-# %% ../nbs/21_inspection.ipynb #8f1916c3
+# %% ../nbs/21_inspection.ipynb #d9c083de
 def extreme_rows(gain: torch.Tensor, count: int) -> tuple[list[int], list[int]]:
     "Rows of the `count` largest gains, largest first, and of the `count` largest losses, largest first; only true gains and losses."
     order = sorted(range(len(gain)), key=lambda row: (-gain[row].item(), row))
     return [row for row in order[:count] if gain[row] > 0], [row for row in order[::-1][:count] if gain[row] < 0]
 
-# %% ../nbs/21_inspection.ipynb #c66987a9
+# %% ../nbs/21_inspection.ipynb #8ea64c3c
 def gain_table(dataset: CIRDataset, one: Evaluation, other: Evaluation, names: tuple[str, str], count: int = 8):
     "The largest gains and losses as a table."
     gain, (up, down) = gains(one, other), extreme_rows(gains(one, other), count)
@@ -243,7 +244,7 @@ def gain_table(dataset: CIRDataset, one: Evaluation, other: Evaluation, names: t
                        names[1]: score_note(other, row), "gain": f"{gain[row]:+.1f}"} for row in up + down}
     return text_table(rows, ["reference", "request", *names, "gain"], f"{dataset.name} {dataset.split}: largest gains of {names[1]} over {names[0]}, then largest losses")
 
-# %% ../nbs/21_inspection.ipynb #826ce6fe
+# %% ../nbs/21_inspection.ipynb #4bf27830
 def comparison_sheet(dataset: CIRDataset, one: Evaluation, other: Evaluation, names: tuple[str, str], count: int = 3) -> Image.Image:
     "Two rows per query, the first run's ranking above the second's: the largest gains, then the largest losses."
     up, down = extreme_rows(gains(one, other), count)

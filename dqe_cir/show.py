@@ -31,9 +31,9 @@ def line_figure(series: dict[str, tuple[list, list]], title: str, x: str, y: str
 def loss_figure(events: list[dict], title: str = "Training loss") -> go.Figure:
     "Every loss term of a run's epoch events over the epochs."
     epochs = [event for event in events if event["kind"] == "epoch"]
-    names = list(epochs[0]["loss"]) if epochs else []
+    names = list(dict.fromkeys(name for event in epochs for name in event["loss"]))
     names = names if len(names) > 2 else names[:1]
-    return line_figure({name: ([e["epoch"] for e in epochs], [e["loss"][name] for e in epochs]) for name in names},
+    return line_figure({name: ([e["epoch"] for e in epochs], [e["loss"].get(name) for e in epochs]) for name in names},
                        title, "epoch", "mean loss")
 
 # %% ../nbs/12_show.ipynb #47cff178
@@ -106,7 +106,7 @@ def contact_sheet(dataset: CIRDataset, rows: list[int], top: list[list[str]], k:
     for number, row in enumerate(rows):
         triplet, y = dataset.triplets[row], 22 + number * (side + gap)
         sheet.paste(framed(dataset.image_path(triplet.reference), "query", side), (0, y))
-        draw.multiline_text((side + gap, y + 6), request_text(triplet, lines=max(2, (side - 6) // 15)), fill="black", font=font, spacing=2)
+        draw.multiline_text((side + gap, y + 6), request_text(triplet, lines=max(2, side // 15)), fill="black", font=font, spacing=2)
         sheet.paste(framed(dataset.image_path(triplet.target), "target", side), (target_x, y))
         for i, name in enumerate(top[row][:k]):
             if name: sheet.paste(framed(dataset.image_path(name), verdict(triplet, name), side), (target_x + side + 3 * gap + i * (side + gap), y))
@@ -115,8 +115,7 @@ def contact_sheet(dataset: CIRDataset, rows: list[int], top: list[list[str]], k:
 # %% ../nbs/12_show.ipynb #8aff5b59
 def request_text(triplet, width: int = 27, lines: int = 5) -> str:
     "The captions, wrapped to fit beside a picture."
-    wrapped = textwrap.wrap(" / ".join(triplet.captions), width)
-    return "\n".join(wrapped[:lines - 1] + ["…"] if len(wrapped) > lines else wrapped)
+    return "\n".join(textwrap.wrap(" / ".join(triplet.captions), width, max_lines=lines, placeholder=" …"))
 
 # %% ../nbs/12_show.ipynb #02b782b8
 def evenly_spaced(total: int, count: int) -> list[int]:
