@@ -21,11 +21,11 @@ export NPM_CONFIG_CACHE := $(CURDIR)/.cache/npm
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train evaluate pretrain test lab clean constraints FORCE
+.PHONY: help train evaluate pretrain test test-browser browser lab clean constraints FORCE
 .DEFAULT_GOAL := help
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 train: ## train a retriever and show its results; parameters: make train ARGS="-p dataset cirr -p seed 1"
 evaluate: ## evaluate a trained run: make evaluate ARGS="-p run_dir runs/NAME"
@@ -39,6 +39,15 @@ train evaluate pretrain: $(INSTALLED)
 
 test: $(INSTALLED) ## run every notebook and every test
 	@$(BIN)/python tests/run.py
+
+test-browser: browser ## use the search page in JupyterLab with a real browser; screenshots: .cache/browser
+	$(BIN)/python -m pytest -q -m browser --basetemp .cache/pytest-browser tests/test_browser.py
+
+# Playwright brings no browser of its own: Debian's chromium or an installed Chrome does.
+browser: $(INSTALLED)
+	@for name in chromium chromium-browser google-chrome google-chrome-stable chrome; do command -v $$name >/dev/null && exit 0; done; \
+	echo "no browser: none of chromium, google-chrome is on PATH (Debian, Ubuntu: apt-get install chromium fonts-dejavu-core)"; exit 1
+	@$(BIN)/python -m pip install --quiet -r requirements-browser.txt -c constraints.txt
 
 lab: $(INSTALLED) ## open JupyterLab on this folder
 	$(BIN)/jupyter lab $(ARGS)
