@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .attention import as_seen, gate_figure, overlay
 from .core import DataError, checkout, data_folder, smoke, write_json
 from .data import CIRDataset, Triplet, as_rgb, caption_text, clean_caption, load_dataset
-from .retriever import Explanation, Result, Retriever, garments_at_once, gate_shares
+from .retriever import SHIPPED, Explanation, Result, Retriever, garments_at_once, gate_shares
 from .show import FRAMES, framed, verdict
 
 # %% ../nbs/23_search_page.ipynb #37fb4a02
@@ -203,7 +203,9 @@ def galleries() -> list[str]:
 def open_gallery(retriever: Retriever, name: str, size: str = "full", progress=None) -> tuple[Session, str]:
     "A session on a gallery by name, or on a folder; and what indexing found, in words."
     started = time.perf_counter()
-    if name == "garments": dataset = garments_at_once("val", size)
+    if name == "garments":
+        dataset = garments_at_once("val", size)
+        if not len(retriever): retriever.read_index(SHIPPED)  # fits if this is the very model that ships
     elif name in galleries() and name != OWN: dataset = load_dataset(name, split="val")
     else: dataset = None
     source = dataset or str(Path(name).expanduser())
@@ -285,9 +287,9 @@ def make_controls(self: SearchPage) -> None:
     self.another = w.Button(description="Another", tooltip="another picture of the gallery", layout=L(width="90px"))
     self.text = w.Text(placeholder="what should change? e.g. is red and has long sleeves", continuous_update=False, layout=L(width="540px"))
     self.button = w.Button(description="Search", button_style="primary", layout=L(width="95px"))
-    self.mode = w.ToggleButtons(options=["learned", "off", "by hand"], style=dict(button_width="66px"), layout=L(width="230px"))
-    self.sliders = [w.FloatSlider(value=0, min=0, max=1, step=0.01, description=part, disabled=True, readout_format=".2f", style=dict(description_width="62px"), layout=L(width="138px" if i else "138px"))
-                    for i, part in enumerate(self.retriever.parts)]
+    self.mode = w.ToggleButtons(options=["learned", "off", "by hand"], style=dict(button_width="84px"), layout=L(width="300px"))
+    self.sliders = [w.FloatSlider(value=0, min=0, max=1, step=0.01, description=part, disabled=True, readout_format=".2f", style=dict(description_width="72px"), layout=L(width="214px"))
+                    for part in self.retriever.parts]
     self.undo_button, self.save_button = w.Button(description="Undo", layout=L(width="80px"), disabled=True), w.Button(description="Save history", layout=L(width="110px"), disabled=True)
     self.history, self.why_text, self.why_image, self.why_figure = w.HTML(layout=L(**wide)), w.HTML(layout=L(**wide)), w.Image(value=png(BLANK), format="png", layout=L(height="130px")), w.Output(layout=L(height="260px", **wide))
 
@@ -296,9 +298,9 @@ SearchPage.make_controls = make_controls
 # %% ../nbs/23_search_page.ipynb #1444adb4
 def arranged(self: SearchPage) -> w.VBox:
     "The page: gallery, status, the question, the grid, the reasons, the history."
-    gate = w.HBox([w.HTML("Attribute gate&nbsp;"), self.mode, *self.sliders]) if self.retriever.parts else w.HTML(f"{self.retriever.config.method} has no attribute gate")
+    gate = w.VBox([w.HBox([w.HTML("Attribute gate", layout=w.Layout(width="90px")), self.mode]), w.HBox(self.sliders)]) if self.retriever.parts else w.HTML(f"{self.retriever.config.method} has no attribute gate")
     question = w.VBox([w.HBox([self.name, self.another, self.file]), self.example, w.HBox([self.text, self.button]), gate], layout=w.Layout(width="670px"))
-    asked = w.HBox([w.VBox([self.reference, self.caption], layout=w.Layout(width=f"{SIDE + 14}px")), question], layout=w.Layout(height=f"{SIDE + 30}px"))
+    asked = w.HBox([w.VBox([self.reference, self.caption], layout=w.Layout(width=f"{SIDE + 14}px")), question], layout=w.Layout(height=f"{SIDE + 46}px"))
     grid = w.VBox([w.HBox([cell.box for cell in self.cells[start:start + 5]]) for start in range(0, CELLS, 5)], layout=w.Layout(height=f"{2 * (SIDE + 80)}px"))
     why = w.VBox([self.why_text, self.why_image, self.why_figure], layout=w.Layout(height="460px", border="1px solid #ddd", padding="6px"))
     past = w.VBox([w.HBox([self.undo_button, self.save_button]), self.history])
