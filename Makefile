@@ -21,7 +21,7 @@ export NPM_CONFIG_CACHE := $(CURDIR)/.cache/npm
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train evaluate pretrain test test-browser browser lab clean constraints FORCE
+.PHONY: help train evaluate pretrain test test-browser browser lab app clean constraints FORCE
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -51,6 +51,11 @@ browser: $(INSTALLED)
 
 lab: $(INSTALLED) ## open JupyterLab on this folder
 	$(BIN)/jupyter lab $(ARGS)
+
+# Bound to this machine; the address with its token is printed. voila is only needed here, and installed when first asked for.
+app: $(INSTALLED) ## open the search page as an app without code
+	@$(BIN)/python -c 'import voila' 2>/dev/null || $(BIN)/python -m pip install voila==0.5.13 -c constraints.txt
+	$(BIN)/voila nbs/search.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True $(ARGS)
 
 clean: ## remove .venv and every cache; data/ and runs/ stay
 	rm -rf .venv .cache .pytest_cache .hypothesis build dist *.egg-info

@@ -206,7 +206,9 @@ def content_keys(files: Mapping[str, Path], unreadable: dict[str, str]) -> dict[
     "The content key of every file that can be read; the others are noted in `unreadable`."
     keys = {}
     for name, path in files.items():
-        try: keys[name] = content_key(path)
+        try:
+            if path.is_file(): keys[name] = content_key(path)
+            else: unreadable[name] = "the file is a broken link, or no regular file"
         except OSError as problem: unreadable[name] = f"the file could not be read: {problem.strerror or problem}"
     return keys
 

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from IPython.display import HTML, Markdown
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .data import CIRDataset
+from .data import CIRDataset, open_image
 
 # %% ../nbs/12_show.ipynb #12157fc5
 COLOURS = ("#1f5fa8", "#d1495b", "#2e8b57", "#e0a100", "#7b4ea3", "#4f4f4f")
@@ -84,10 +84,10 @@ def banner(text: str) -> HTML:
 # %% ../nbs/12_show.ipynb #9e96dffe
 FRAMES = {"target": "#1f5fa8", "valid": "#2e8b57", "miss": "#b9b9b9", "query": "#ffffff"}
 
-def framed(path, kind: str, side: int) -> Image.Image:
-    "An image fitted into a square with a coloured frame."
-    with Image.open(path) as image: picture = ImageOps.pad(ImageOps.exif_transpose(image).convert("RGB"), (side - 8, side - 8), color="white")
-    return ImageOps.expand(picture, border=4, fill=FRAMES[kind])
+def framed(picture, kind: str, side: int) -> Image.Image:
+    "A picture, or the file of one, fitted into a square with a coloured frame."
+    if not isinstance(picture, Image.Image): picture = open_image(picture)
+    return ImageOps.expand(ImageOps.pad(picture, (side - 8, side - 8), color="white"), border=4, fill=FRAMES[kind])
 
 # %% ../nbs/12_show.ipynb #6c66fd9c
 def verdict(triplet, name: str) -> str:
