@@ -224,7 +224,7 @@ def index_store(retriever: Retriever, source) -> Path:
 SIDE, CELLS = 148, 10
 STYLE = """<style>
 .dqe-page {max-width: 860px; font-family: var(--jp-ui-font-family, sans-serif)}
-.dqe-status {min-height: 22px; font-size: 13px; color: #333} .dqe-status .bad {color: #b00020; font-weight: 600}
+.dqe-status .widget-html-content {height: 40px; line-height: 20px; overflow: hidden; font-size: 13px; color: #333} .dqe-status .bad {color: #b00020; font-weight: 600}
 .dqe-result {font-size: 12px; line-height: 1.25; height: 34px; overflow: hidden; color: #222}
 .dqe-name {display: block; white-space: nowrap; overflow: hidden; text-overflow: ellipsis}
 .dqe-page .widget-image {object-fit: contain}
@@ -278,7 +278,7 @@ def make_controls(self: SearchPage) -> None:
     L, wide = w.Layout, dict(width="100%")
     self.gallery = w.Dropdown(options=galleries(), description="Gallery", layout=L(width="320px"))
     self.folder = w.Text(placeholder="path of a folder, then Enter", layout=L(width="380px", visibility="hidden"), continuous_update=False)
-    self.status, self.bar = w.HTML(layout=L(**wide)), w.FloatProgress(max=1.0, layout=L(width="99%", height="8px", visibility="hidden"))
+    self.status, self.bar = w.HTML(layout=L(height="40px", **wide)), w.FloatProgress(max=1.0, layout=L(width="99%", height="8px", visibility="hidden"))
     self.status.add_class("dqe-status")
     self.reference, self.caption = w.Image(value=png(BLANK), format="png", layout=L(width=f"{SIDE}px", height=f"{SIDE}px")), w.HTML(layout=L(width=f"{SIDE}px", height="20px"))
     self.example = w.Dropdown(description="Example", options=[("a query of the data set …", None)], layout=L(width="640px"))
@@ -288,7 +288,7 @@ def make_controls(self: SearchPage) -> None:
     self.text = w.Text(placeholder="what should change? e.g. is red and has long sleeves", continuous_update=False, layout=L(width="540px"))
     self.button = w.Button(description="Search", button_style="primary", layout=L(width="95px"))
     self.mode = w.ToggleButtons(options=["learned", "off", "by hand"], style=dict(button_width="84px"), layout=L(width="300px"))
-    self.sliders = [w.FloatSlider(value=0, min=0, max=1, step=0.01, description=part, disabled=True, readout_format=".2f", style=dict(description_width="72px"), layout=L(width="214px"))
+    self.sliders = [w.FloatSlider(value=0, min=0, max=1, step=0.01, description=part, disabled=True, readout_format=".2f", style=dict(description_width="78px"), layout=L(width="216px"))
                     for part in self.retriever.parts]
     self.undo_button, self.save_button = w.Button(description="Undo", layout=L(width="80px"), disabled=True), w.Button(description="Save history", layout=L(width="110px"), disabled=True)
     self.history, self.why_text, self.why_image, self.why_figure = w.HTML(layout=L(**wide)), w.HTML(layout=L(**wide)), w.Image(value=png(BLANK), format="png", layout=L(height="130px")), w.Output(layout=L(height="260px", **wide))
@@ -298,7 +298,7 @@ SearchPage.make_controls = make_controls
 # %% ../nbs/23_search_page.ipynb #1444adb4
 def arranged(self: SearchPage) -> w.VBox:
     "The page: gallery, status, the question, the grid, the reasons, the history."
-    gate = w.VBox([w.HBox([w.HTML("Attribute gate", layout=w.Layout(width="90px")), self.mode]), w.HBox(self.sliders)]) if self.retriever.parts else w.HTML(f"{self.retriever.config.method} has no attribute gate")
+    gate = w.VBox([w.HBox([w.HTML("Attribute gate", layout=w.Layout(width="106px")), self.mode]), w.HBox(self.sliders)]) if self.retriever.parts else w.HTML(f"{self.retriever.config.method} has no attribute gate")
     question = w.VBox([w.HBox([self.name, self.another, self.file]), self.example, w.HBox([self.text, self.button]), gate], layout=w.Layout(width="670px"))
     asked = w.HBox([w.VBox([self.reference, self.caption], layout=w.Layout(width=f"{SIDE + 14}px")), question], layout=w.Layout(height=f"{SIDE + 46}px"))
     grid = w.VBox([w.HBox([cell.box for cell in self.cells[start:start + 5]]) for start in range(0, CELLS, 5)], layout=w.Layout(height=f"{2 * (SIDE + 80)}px"))
@@ -369,6 +369,7 @@ def open(self: SearchPage, name: str) -> None:
     known = ", ".join(f"{name} {value:.1f}" for name, value in figures.items())
     self.say(f"Model: {self.retriever.name} ({self.retriever.config.method} trained on {self.retriever.config.dataset}{f', {known}' if known else ''}). {found}{bad}")
     self.example.options = [("a query of the data set …", None)] + [(f"{t.reference}: {caption_text(t.captions)}", i) for i, t in enumerate(self.session.examples())]
+    self.example.index = 0
     self.name.options, self.name.value = self.retriever.ids[:3000], ""
     self.show()
 
