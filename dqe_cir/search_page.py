@@ -288,14 +288,14 @@ def make_controls(self: SearchPage) -> None:
     self.status, self.bar = w.HTML(layout=L(**wide)), w.FloatProgress(max=1.0, layout=L(width="99%", height="8px", visibility="hidden"))
     self.status.add_class("dqe-status")
     self.reference, self.caption = w.Image(value=png(BLANK), format="png", layout=L(width=f"{SIDE}px", height=f"{SIDE}px")), w.HTML(layout=L(width=f"{SIDE}px", height="20px"))
-    self.example = w.Dropdown(description="Example", options=[("a query of the data set …", None)], layout=L(width="640px"))
+    self.example = w.Dropdown(description="Example", options=[("a query of the data set …", -1)], layout=L(width="640px"))
     self.name = w.Combobox(description="Reference", placeholder="id of a picture", continuous_update=False, layout=L(width="430px"))
     self.file = w.FileUpload(accept="image/*", multiple=False, description="Upload", layout=L(width="110px"))
     self.another = w.Button(description="Another", tooltip="another picture of the gallery", layout=L(width="90px"))
     self.text = w.Text(placeholder="what should change? e.g. is red and has long sleeves", continuous_update=False, layout=L(width="540px"))
     self.button = w.Button(description="Search", button_style="primary", layout=L(width="95px"))
     self.mode = w.ToggleButtons(options=["learned", "off", "by hand"], style=dict(button_width="84px"), layout=L(width="300px"))
-    self.sliders = [w.FloatSlider(value=0, min=0, max=1, step=0.01, description=part, disabled=True, readout_format=".2f", style=dict(description_width="72px"), layout=L(width="214px"))
+    self.sliders = [w.FloatSlider(value=0, min=0, max=1, step=0.01, description=part, disabled=True, readout_format=".2f", style=dict(description_width="76px"), layout=L(width="214px"))
                     for part in self.retriever.parts]
     self.undo_button, self.save_button = w.Button(description="Undo", layout=L(width="80px"), disabled=True), w.Button(description="Save history", layout=L(width="110px"), disabled=True)
     self.history, self.why_text, self.why_image, self.why_figure = w.HTML(layout=L(**wide)), w.HTML(layout=L(**wide)), w.Image(value=png(BLANK), format="png", layout=L(height="130px")), w.Output(layout=L(height="260px", **wide))
@@ -305,7 +305,7 @@ SearchPage.make_controls = make_controls
 # %% ../nbs/23_search_page.ipynb #1444adb4
 def arranged(self: SearchPage) -> w.VBox:
     "The page: gallery, status, the question, the grid, the reasons, the history."
-    gate = w.VBox([w.HBox([w.HTML("Attribute gate", layout=w.Layout(width="90px")), self.mode]), w.HBox(self.sliders)]) if self.retriever.parts else w.HTML(f"{self.retriever.config.method} has no attribute gate")
+    gate = w.VBox([w.HBox([w.HTML("Gate", layout=w.Layout(width="60px")), self.mode]), w.HBox(self.sliders)]) if self.retriever.parts else w.HTML(f"{self.retriever.config.method} has no attribute gate")
     question = w.VBox([w.HBox([self.name, self.another, self.file]), self.example, w.HBox([self.text, self.button]), gate], layout=w.Layout(width="670px"))
     asked = w.HBox([w.VBox([self.reference, self.caption], layout=w.Layout(width=f"{SIDE + 14}px")), question], layout=w.Layout(height=f"{SIDE + 46}px"))
     grid = w.VBox([w.HBox([cell.box for cell in self.cells[start:start + 5]]) for start in range(0, CELLS, 5)], layout=w.Layout(height=f"{2 * (SIDE + 80)}px"))
@@ -378,8 +378,9 @@ def open_named(self: SearchPage, name: str) -> None:
     figures = {name: value for name, value in self.retriever.record.get("metrics", {}).items() if name in ("mAP", "R@10")}
     known = ", ".join(f"{name} {value:.1f}" for name, value in figures.items())
     self.say(f"Model: {self.retriever.name} ({self.retriever.config.method} trained on {self.retriever.config.dataset}{f', {known}' if known else ''}). {found}{bad}")
-    self.example.options = [("a query of the data set …", None)] + [(f"{t.reference}: {caption_text(t.captions)}", i) for i, t in enumerate(self.session.examples())]
-    self.name.options, self.name.value = self.retriever.ids[:3000], ""
+    self.example.options = [("a query of the data set …", -1)] + [(f"{t.reference}: {caption_text(t.captions)}", i) for i, t in enumerate(self.session.examples())]
+    self.name.options, self.name.value, self.mode.value = self.retriever.ids[:3000], "", "learned"
+    for slider in self.sliders: slider.disabled = True
     self.show()
 
 SearchPage.open = open_named
@@ -397,8 +398,8 @@ def pick(self: SearchPage, name: str) -> None:
     self.ask() if self.text.value.strip() else self.show()
 
 # %% ../nbs/23_search_page.ipynb #10d4e084
-def pick_example(self: SearchPage, row: int | None) -> None:
-    if row is None: return
+def pick_example(self: SearchPage, row: int) -> None:
+    if row < 0: return
     triplet = self.session.examples()[row]
     self.session.choose(triplet.reference)
     self.text.value = caption_text(triplet.captions)
