@@ -59,6 +59,7 @@ def content_key(path: Path) -> str:
     "A hash of a file's bytes."
     with open(path, "rb") as file: return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
+# %% ../nbs/17_retriever.ipynb #b73a43bc
 def readable(path: Path, shown: str = "") -> Image.Image:
     "The first frame of a picture as upright RGB; `DataError` says what is wrong with the file."
     if not path.is_file(): raise DataError(f"{shown or path} is a broken link, or no regular file")
@@ -80,6 +81,7 @@ def newest_run() -> Path | None:
     finished = list(((checkout() or Path.cwd()) / "runs").glob("*/model.safetensors"))
     return max(finished, key=lambda path: path.stat().st_mtime).parent if finished else None
 
+# %% ../nbs/17_retriever.ipynb #6e870dd4
 def model_folder(source: str | Path = "") -> Path:
     "The folder of a model: the newest run or the shipped one for an empty source, the shipped one for `garments`, else the folder itself."
     if source == "garments" and not Path(source).exists(): return SHIPPED
@@ -190,6 +192,7 @@ class Pictures:
     unreadable: dict[str, str]
     root: Path | None = None
 
+# %% ../nbs/17_retriever.ipynb #53f4a32a
 def pictures_of(source: Path | str | CIRDataset) -> Pictures:
     "The pictures of a folder or of a data set's gallery."
     if not isinstance(source, CIRDataset):
@@ -261,6 +264,7 @@ def write_index(self: Retriever, folder: Path | str) -> None:
     os.replace(folder / "index.tmp", folder / "index.safetensors")
     write_json(folder / "index.json", about)
 
+# %% ../nbs/17_retriever.ipynb #780416df
 def digest_of(keys: list[str]) -> str: return hashlib.blake2b("\n".join(keys).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
 
 Retriever.write_index = write_index
@@ -333,6 +337,7 @@ def gate_shares(composed: ComposedQuery, gate="learned") -> Tensor:
     if not (shares >= 0).all() or not 0 < shares.sum() < torch.inf: raise ValueError("the weights of the gate must not be negative, and not all zero")
     return shares / shares.sum()
 
+# %% ../nbs/17_retriever.ipynb #87d1a8a6
 def gated(composed: ComposedQuery, gate="learned") -> Tensor:
     "The query (1,D) of a gate, from the parts of a composed one."
     if isinstance(gate, str) and gate == "learned": return composed.query
@@ -458,6 +463,7 @@ def model_card(retriever: "Retriever") -> str:
     lines += ["", "## Figures", ""] + metric_lines(record) + ["", "## Rights", ""] + [f"- {note}" for note in licence_notes(config)]
     return "\n".join(lines + ["", "## Files", "", "`model.safetensors` holds everything that was trained, `config.json` the parameters, `results.json` the record of the run."]) + "\n"
 
+# %% ../nbs/17_retriever.ipynb #a7dbaf14
 def metric_lines(record: dict) -> list[str]:
     "The figures of a record as a table, with their protocol."
     if not record.get("metrics"): return ["No figures: the run was not evaluated."]
@@ -488,6 +494,7 @@ def export(run: Path | str, folder: Path | str, progress: Callable | None = None
     if retriever.config.dataset == "garments": retriever.index(garments_at_once("val", retriever.config.size), progress=progress)
     return retriever.save(folder)
 
+# %% ../nbs/17_retriever.ipynb #d51d3a3f
 def main(arguments: list[str] | None = None) -> int:
     "`python -m dqe_cir.retriever export RUN FOLDER`."
     parser = argparse.ArgumentParser(prog="python -m dqe_cir.retriever")

@@ -6,7 +6,7 @@
 __all__ = ['OWN', 'SIDE', 'CELLS', 'STYLE', 'BLANK', 'SearchConfig', 'somebody_looks', 'Step', 'Session', 'thumbnail', 'choose',
            'upload', 'triplet_of', 'among', 'answer', 'search', 'set_gate', 'undo', 'record', 'history_sheet',
            'gate_words', 'write_history', 'galleries', 'open_gallery', 'index_store', 'png', 'readable_name', 'Cell',
-           'SearchPage', 'make_controls', 'arranged', 'say', 'guarded', 'working', 'listen', 'short_path', 'open',
+           'SearchPage', 'make_controls', 'arranged', 'say', 'guarded', 'working', 'listen', 'short_path', 'open_named',
            'pick_gallery', 'pick', 'pick_example', 'pick_upload', 'pick_another', 'ask', 'use', 'go_back', 'pick_mode',
            'regate', 'show', 'marks_in_words', 'show_shares', 'history_table', 'map_strip', 'contribution_figure',
            'shown_figure', 'explain', 'clear_why', 'example_session']
@@ -91,6 +91,7 @@ def choose(self: Session, reference: str) -> None:
     if reference not in self.uploads and reference not in self.retriever.files: raise ValueError(f"{reference!r} is not a picture of this gallery")
     self.reference = reference
 
+# %% ../nbs/23_search_page.ipynb #0faf7beb
 def upload(self: Session, name: str, content: bytes) -> None:
     "Ask about a picture that is not in the gallery."
     if not content: raise DataError(f"{name} is empty (0 bytes)")
@@ -108,6 +109,7 @@ def triplet_of(self: Session, reference: str, text: str) -> Triplet | None:
     asks = clean_caption(text)
     return next((t for t in (self.dataset.triplets if self.dataset else ()) if t.reference == reference and clean_caption(caption_text(t.captions)) == asks), None)
 
+# %% ../nbs/23_search_page.ipynb #d83514a4
 def among(self: Session, reference: str) -> list[str] | None:
     "The ids a question is ranked among: on a data set with galleries by category, those of the reference's."
     if self.dataset is None or len(self.dataset.galleries) == 1: return None
@@ -123,6 +125,7 @@ def answer(self: Session, reference: str, text: str) -> Step:
     marks = [verdict(triplet, result.id) for result in results] if triplet and triplet.target else []
     return Step(reference, text.strip(), self.gate, results, marks, len(names or self.retriever), 1000 * (time.perf_counter() - started))
 
+# %% ../nbs/23_search_page.ipynb #41848905
 def search(self: Session, text: str) -> Step:
     "Ask about the current reference, and remember the step; the same question twice is one step."
     step = self.answer(self.reference, text)
@@ -143,6 +146,7 @@ def set_gate(self: Session, gate) -> Step | None:
         raise
     return self.step
 
+# %% ../nbs/23_search_page.ipynb #895b7fe7
 def undo(self: Session) -> Step | None:
     "Take the last step back. Returns the step before it."
     if self.steps: self.reference = self.steps.pop().reference
@@ -177,6 +181,7 @@ def history_sheet(self: Session, side: int = 84) -> Image.Image:
             draw.text((x + 4, y + side), f"{result.score:.3f}", fill="#555555", font=tiny)
     return sheet
 
+# %% ../nbs/23_search_page.ipynb #7db7b2cd
 def gate_words(gate) -> str: return gate if isinstance(gate, str) else " ".join(f"{weight:.2f}" for weight in gate)
 
 Session.history_sheet = history_sheet
@@ -200,6 +205,7 @@ def galleries() -> list[str]:
     "What can be chosen: the garments, the data sets that are there, and a folder."
     return ["garments", *(name for name in ("fashioniq", "cirr", "circo") if (data_folder() / name).is_dir()), OWN]
 
+# %% ../nbs/23_search_page.ipynb #09091576
 def open_gallery(retriever: Retriever, name: str, size: str = "full", progress=None) -> tuple[Session, str]:
     "A session on a gallery by name, or on a folder; and what indexing found, in words."
     started = time.perf_counter()
@@ -236,6 +242,7 @@ def png(picture: Image.Image) -> bytes:
     picture.save(packed, "PNG")
     return packed.getvalue()
 
+# %% ../nbs/23_search_page.ipynb #afdeb6c4
 def readable_name(name: str) -> str:
     "A file name that can be sent to a browser, whatever bytes it was made of."
     return escape(name.encode("utf-8", "replace").decode())
@@ -281,14 +288,14 @@ def make_controls(self: SearchPage) -> None:
     self.status, self.bar = w.HTML(layout=L(height="40px", **wide)), w.FloatProgress(max=1.0, layout=L(width="99%", height="8px", visibility="hidden"))
     self.status.add_class("dqe-status")
     self.reference, self.caption = w.Image(value=png(BLANK), format="png", layout=L(width=f"{SIDE}px", height=f"{SIDE}px")), w.HTML(layout=L(width=f"{SIDE}px", height="20px"))
-    self.example = w.Dropdown(description="Example", options=[("a query of the data set …", None)], layout=L(width="640px"))
+    self.example = w.Dropdown(description="Example", options=[("a query of the data set …", -1)], layout=L(width="640px"))
     self.name = w.Combobox(description="Reference", placeholder="id of a picture", continuous_update=False, layout=L(width="430px"))
     self.file = w.FileUpload(accept="image/*", multiple=False, description="Upload", layout=L(width="110px"))
     self.another = w.Button(description="Another", tooltip="another picture of the gallery", layout=L(width="90px"))
     self.text = w.Text(placeholder="what should change? e.g. is red and has long sleeves", continuous_update=False, layout=L(width="540px"))
     self.button = w.Button(description="Search", button_style="primary", layout=L(width="95px"))
     self.mode = w.ToggleButtons(options=["learned", "off", "by hand"], style=dict(button_width="84px"), layout=L(width="300px"))
-    self.sliders = [w.FloatSlider(value=0, min=0, max=1, step=0.01, description=part, disabled=True, readout_format=".2f", style=dict(description_width="78px"), layout=L(width="216px"))
+    self.sliders = [w.FloatSlider(value=0, min=0, max=1, step=0.01, description=part, disabled=True, readout_format=".2f", style=dict(description_width="76px"), layout=L(width="214px"))
                     for part in self.retriever.parts]
     self.undo_button, self.save_button = w.Button(description="Undo", layout=L(width="80px"), disabled=True), w.Button(description="Save history", layout=L(width="110px"), disabled=True)
     self.history, self.why_text, self.why_image, self.why_figure = w.HTML(layout=L(**wide)), w.HTML(layout=L(**wide)), w.Image(value=png(BLANK), format="png", layout=L(height="130px")), w.Output(layout=L(height="260px", **wide))
@@ -298,7 +305,7 @@ SearchPage.make_controls = make_controls
 # %% ../nbs/23_search_page.ipynb #1444adb4
 def arranged(self: SearchPage) -> w.VBox:
     "The page: gallery, status, the question, the grid, the reasons, the history."
-    gate = w.VBox([w.HBox([w.HTML("Attribute gate", layout=w.Layout(width="106px")), self.mode]), w.HBox(self.sliders)]) if self.retriever.parts else w.HTML(f"{self.retriever.config.method} has no attribute gate")
+    gate = w.VBox([w.HBox([w.HTML("Gate", layout=w.Layout(width="60px")), self.mode]), w.HBox(self.sliders)]) if self.retriever.parts else w.HTML(f"{self.retriever.config.method} has no attribute gate")
     question = w.VBox([w.HBox([self.name, self.another, self.file]), self.example, w.HBox([self.text, self.button]), gate], layout=w.Layout(width="670px"))
     asked = w.HBox([w.VBox([self.reference, self.caption], layout=w.Layout(width=f"{SIDE + 14}px")), question], layout=w.Layout(height=f"{SIDE + 46}px"))
     grid = w.VBox([w.HBox([cell.box for cell in self.cells[start:start + 5]]) for start in range(0, CELLS, 5)], layout=w.Layout(height=f"{2 * (SIDE + 80)}px"))
@@ -315,6 +322,7 @@ def say(self: SearchPage, text: str, bad: bool = False) -> None:
     "Tell something in the status line."
     self.status.value = f'<span class="bad">{escape(text)}</span>' if bad else escape(text)
 
+# %% ../nbs/23_search_page.ipynb #60c258cc
 def guarded(self: SearchPage, action):
     "A handler that runs `action` unless the page itself is the one that changes things, and tells what goes wrong."
     def handler(*change):
@@ -326,6 +334,7 @@ def guarded(self: SearchPage, action):
         finally: self.quiet, self.bar.layout.visibility = False, "hidden"
     return handler
 
+# %% ../nbs/23_search_page.ipynb #9a7d7dce
 def working(self: SearchPage, done: int, total: int) -> None:
     "Move the progress bar."
     self.bar.layout.visibility, self.bar.value = "visible", done / total
@@ -351,6 +360,7 @@ def listen(self: SearchPage) -> None:
     click(self.undo_button, self.go_back)
     click(self.save_button, lambda: self.say("saved " + " and ".join(map(short_path, self.session.write_history()))))
 
+# %% ../nbs/23_search_page.ipynb #e97b717a
 def short_path(path: Path) -> str:
     "A path below the checkout without the checkout."
     home = checkout() or Path.cwd()
@@ -359,7 +369,7 @@ def short_path(path: Path) -> str:
 SearchPage.listen = listen
 
 # %% ../nbs/23_search_page.ipynb #932074f5
-def open(self: SearchPage, name: str) -> None:
+def open_named(self: SearchPage, name: str) -> None:
     "Open a gallery: index it if need be, and start a new session on it."
     self.say(f"opening {name} …")
     self.session, found = open_gallery(self.retriever, name, self.size, self.working)
@@ -368,12 +378,12 @@ def open(self: SearchPage, name: str) -> None:
     figures = {name: value for name, value in self.retriever.record.get("metrics", {}).items() if name in ("mAP", "R@10")}
     known = ", ".join(f"{name} {value:.1f}" for name, value in figures.items())
     self.say(f"Model: {self.retriever.name} ({self.retriever.config.method} trained on {self.retriever.config.dataset}{f', {known}' if known else ''}). {found}{bad}")
-    self.example.options = [("a query of the data set …", None)] + [(f"{t.reference}: {caption_text(t.captions)}", i) for i, t in enumerate(self.session.examples())]
-    self.example.index = 0
-    self.name.options, self.name.value = self.retriever.ids[:3000], ""
+    self.example.options = [("a query of the data set …", -1)] + [(f"{t.reference}: {caption_text(t.captions)}", i) for i, t in enumerate(self.session.examples())]
+    self.name.options, self.name.value, self.mode.value = self.retriever.ids[:3000], "", "learned"
+    for slider in self.sliders: slider.disabled = True
     self.show()
 
-SearchPage.open = open
+SearchPage.open = open_named
 
 # %% ../nbs/23_search_page.ipynb #8011b6fa
 def pick_gallery(self: SearchPage, name: str) -> None:
@@ -381,22 +391,26 @@ def pick_gallery(self: SearchPage, name: str) -> None:
     if name == OWN: self.say("write the path of a folder of pictures, then Enter")
     else: self.open(name)
 
+# %% ../nbs/23_search_page.ipynb #57b3aca7
 def pick(self: SearchPage, name: str) -> None:
     "Another reference; the words stay, and are asked again if there are any."
     self.session.choose(name)
     self.ask() if self.text.value.strip() else self.show()
 
-def pick_example(self: SearchPage, row: int | None) -> None:
-    if row is None: return
+# %% ../nbs/23_search_page.ipynb #10d4e084
+def pick_example(self: SearchPage, row: int) -> None:
+    if row < 0: return
     triplet = self.session.examples()[row]
     self.session.choose(triplet.reference)
     self.text.value = caption_text(triplet.captions)
     self.ask()
 
+# %% ../nbs/23_search_page.ipynb #2f21c082
 def pick_upload(self: SearchPage, name: str, content: bytes) -> None:
     self.session.upload(name, content)
     self.ask() if self.text.value.strip() else self.show()
 
+# %% ../nbs/23_search_page.ipynb #d73659c9
 def pick_another(self: SearchPage) -> None:
     "A picture further on in the gallery; no chance in it, so that clicking again tours the gallery."
     ids = self.retriever.ids
@@ -411,6 +425,7 @@ def ask(self: SearchPage) -> None:
     self.session.search(self.text.value)
     self.show()
 
+# %% ../nbs/23_search_page.ipynb #c7d530cd
 def use(self: SearchPage, name: str) -> None:
     "Ask the next question about a result; the words are cleared, for they are done."
     self.session.choose(name)
@@ -418,6 +433,7 @@ def use(self: SearchPage, name: str) -> None:
     self.show()
     self.say(f"{name} is the reference now: what should change?")
 
+# %% ../nbs/23_search_page.ipynb #b4cd8530
 def go_back(self: SearchPage) -> None:
     "Undo: the step before, or an empty grid, and the reference that the undone step was about."
     if not self.session.steps: raise ValueError("there is nothing to undo")
@@ -434,6 +450,7 @@ def pick_mode(self: SearchPage, mode: str) -> None:
     for slider in self.sliders: slider.disabled = mode != "by hand"
     self.regate(tuple(slider.value for slider in self.sliders) if mode == "by hand" else mode)
 
+# %% ../nbs/23_search_page.ipynb #0181d717
 def regate(self: SearchPage, gate) -> None:
     "Rank again with another gate."
     self.session.set_gate(gate)
@@ -457,10 +474,12 @@ def show(self: SearchPage) -> None:
     self.history.value = history_table(session)
     self.clear_why()
 
+# %% ../nbs/23_search_page.ipynb #7cbe395b
 def marks_in_words(self: SearchPage, step: Step) -> str:
     if not step.marks: return "; no marks: the right answers of this question are not known"
     return f"; blue: the annotated target, green: another right answer, grey: a miss ({sum(mark != 'miss' for mark in step.marks)} right)"
 
+# %% ../nbs/23_search_page.ipynb #fcc970ff
 def show_shares(self: SearchPage, step: Step) -> None:
     "Put the shares that were used on the sliders."
     composed = self.retriever.ask(self.session.uploads.get(step.reference, step.reference), step.text)
@@ -487,6 +506,7 @@ def map_strip(picture: Image.Image, why: Explanation, size: int, side: int = 112
         draw.text((i * (side + gap), 1), name, fill="#555555", font=font)
     return strip
 
+# %% ../nbs/23_search_page.ipynb #4e877d9a
 def contribution_figure(why: Explanation, result: Result):
     "The learned and the used gate, and how much of the score came from each part."
     rows = {"learned gate": why.learned, "gate used": why.used, f"of its score {result.score:.3f}": [part / result.score for part in why.contributions]}
@@ -497,6 +517,7 @@ def shown_figure(figure) -> dict:
     "A figure as an output: it is set, not displayed, so that nothing depends on which cell is running."
     return dict(output_type="display_data", metadata={}, data={"application/vnd.plotly.v1+json": json.loads(figure.to_json()), "text/plain": figure.layout.title.text or "figure"})
 
+# %% ../nbs/23_search_page.ipynb #f41a5794
 def explain(self: SearchPage, name: str) -> None:
     "Fill the panel of reasons for one result of the last step."
     step = self.session.step
@@ -508,6 +529,7 @@ def explain(self: SearchPage, name: str) -> None:
     self.why_image.value = png(map_strip(self.session.picture(step.reference), why, self.retriever.method.encoder.image_size))
     self.why_figure.outputs = [shown_figure(contribution_figure(why, result))]
 
+# %% ../nbs/23_search_page.ipynb #7dd5d89f
 def clear_why(self: SearchPage) -> None:
     self.why_text.value = "<b>Why?</b> Press the button under a result: its gate, what it owes to each part, and where each attribute looked."
     self.why_image.value = png(Image.new("RGB", (8, 8), "white"))
