@@ -21,11 +21,11 @@ export NPM_CONFIG_CACHE := $(CURDIR)/.cache/npm
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train evaluate pretrain test lab clean constraints FORCE
+.PHONY: help train evaluate pretrain test test-browser browser lab app clean constraints FORCE
 .DEFAULT_GOAL := help
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 train: ## train a retriever and show its results; parameters: make train ARGS="-p dataset cirr -p seed 1"
 evaluate: ## evaluate a trained run: make evaluate ARGS="-p run_dir runs/NAME"
@@ -40,8 +40,22 @@ train evaluate pretrain: $(INSTALLED)
 test: $(INSTALLED) ## run every notebook and every test
 	@$(BIN)/python tests/run.py
 
+test-browser: browser ## use the search page in JupyterLab with a real browser; screenshots: .cache/browser
+	$(BIN)/python -m pytest -q -m browser --basetemp .cache/pytest-browser tests/test_browser.py
+
+# Playwright brings no browser of its own: Debian's chromium or an installed Chrome does.
+browser: $(INSTALLED)
+	@for name in chromium chromium-browser google-chrome google-chrome-stable chrome; do command -v $$name >/dev/null && exit 0; done; \
+	echo "no browser: none of chromium, google-chrome is on PATH (Debian, Ubuntu: apt-get install chromium fonts-dejavu-core)"; exit 1
+	@$(BIN)/python -m pip install --quiet -r requirements-browser.txt -c constraints.txt
+
 lab: $(INSTALLED) ## open JupyterLab on this folder
 	$(BIN)/jupyter lab $(ARGS)
+
+# Bound to this machine; the address with its token is printed. voila is only needed here, and installed when first asked for.
+app: $(INSTALLED) ## open the search page as an app without code
+	@$(BIN)/python -c 'import voila' 2>/dev/null || $(BIN)/python -m pip install voila==0.5.13 -c constraints.txt
+	$(BIN)/voila nbs/search.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True $(ARGS)
 
 clean: ## remove .venv and every cache; data/ and runs/ stay
 	rm -rf .venv .cache .pytest_cache .hypothesis build dist *.egg-info

@@ -12,7 +12,8 @@ __all__ = ['CATEGORIES', 'ATTRIBUTES', 'SHAPE_ATTRIBUTES', 'WIDTHS', 'TOPS', 'BO
            'caption_of', 'caption_corpus', 'allowed_values', 'is_relevant', 'codes', 'relevant_rows', 'combinations',
            'sample_images', 'Query', 'differing_targets', 'sample_queries', 'mentions_between', 'right_answers',
            'World', 'make_world', 'write_fashioniq', 'cirr_names', 'similar_group', 'group_query', 'cirr_queries',
-           'write_cirr', 'render', 'render_all', 'fingerprint', 'build', 'link', 'make_garments', 'abandoned']
+           'write_cirr', 'render', 'render_all', 'fingerprint', 'the_truth', 'build', 'link', 'make_garments',
+           'abandoned']
 
 # %% ../nbs/01_garments.ipynb #481325bc
 import colorsys, hashlib, math, os, shutil, tempfile, zlib
@@ -564,20 +565,25 @@ def fingerprint(size: str, seed: int) -> str:
     "Eight hexadecimal digits that stand for version, size and seed."
     return hashlib.blake2b(repr((VERSION, SIZES[size], seed)).encode(), digest_size=4).hexdigest()
 
+# %% ../nbs/01_garments.ipynb #5d0c71a3
+def the_truth(world: World, relevant: dict[str, dict[str, list[str]]]) -> dict[str, dict]:
+    "What `garments.json` holds: the attributes of every image, the right answers, and what each query asks for."
+    images = {name: {**asdict(garment), "held_out": garment in world.held_out} for part in world.images.values() for name, garment in part.items()}
+    mentions = {f"{category}-{split}-{i}": {m.attribute: sorted(m.allowed) for m in query.mentions}
+                for split, by in world.queries.items() for category, queries in by.items() for i, query in enumerate(queries)}
+    return {"images": images, "relevant": relevant, "mentions": mentions}
+
 # %% ../nbs/01_garments.ipynb #08c8e4d9
 def build(folder: Path, size: str, seed: int, workers: int | None, progress: bool) -> None:
     "Write both layouts, the pictures and the truth into an empty folder."
     world = make_world(size, seed)
-    images = world.images["train"] | world.images["val"]
-    render_all(images, folder / "fashioniq" / "images", seed, workers, progress)
+    render_all(world.images["train"] | world.images["val"], folder / "fashioniq" / "images", seed, workers, progress)
     relevant = write_fashioniq(world, folder / "fashioniq", seed)
     cirr_relevant, pictures = write_cirr(world, folder / "cirr", SIZES[size]["groups"], seed)
     for relative, name in pictures.values(): link(folder / "fashioniq" / "images" / f"{name}.png", folder / "cirr" / "img_raw" / relative)
-    truth = {name: {**asdict(garment), "held_out": garment in world.held_out} for name, garment in images.items()}
-    truth |= {name: truth[shown] for name, (_, shown) in pictures.items()}
-    meaning = {f"{category}-{split}-{i}": {m.attribute: sorted(m.allowed) for m in query.mentions}
-               for split, by in world.queries.items() for category, queries in by.items() for i, query in enumerate(queries)}
-    write_json(folder / "garments.json", {"images": truth, "relevant": relevant | cirr_relevant, "mentions": meaning})
+    truth = the_truth(world, relevant | cirr_relevant)
+    truth["images"] |= {name: truth["images"][shown] for name, (_, shown) in pictures.items()}
+    write_json(folder / "garments.json", truth)
 
 # %% ../nbs/01_garments.ipynb #cb326066
 def link(source: Path, to: Path) -> None:

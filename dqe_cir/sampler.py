@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ZONES', 'relative_scores', 'candidates_below', 'masked_std', 'positions_below', 'quantile_zone', 'Sampler',
-           'possible_negatives', 'MidZone', 'Random', 'Hardest', 'drop_band', 'ScoreDropBand']
+           'possible_negatives', 'MidZone', 'Random', 'Hardest', 'drop_band', 'ScoreDropBand', 'around', 'spread_over']
 
 # %% ../nbs/08_sampler.ipynb #dc063021
 import torch
@@ -165,3 +165,17 @@ class ScoreDropBand(Sampler):
             band = drop_band(ordered[row, :last], first, self.threshold)
             if band: zone[row, order[row, band[0]:band[1] + 1]] = True
         return zone & possible_negatives(target, valid)
+
+# %% ../nbs/08_sampler.ipynb #c899ca5c
+def around(delta: Tensor, possible: Tensor, zone: Tensor) -> tuple[Tensor, Tensor]:
+    "(Q,N) bool twice: the possible images nearer to the target than all of the zone, and those further away than all of it; an empty zone has neither."
+    nearest, farthest = delta.masked_fill(~zone, torch.inf).amin(1, keepdim=True), delta.masked_fill(~zone, -torch.inf).amax(1, keepdim=True)
+    some = zone.any(1, keepdim=True)
+    return possible & some & (delta < nearest), possible & some & (delta > farthest)
+
+# %% ../nbs/08_sampler.ipynb #437eb5e7
+def spread_over(mask: Tensor, scores: Tensor, count: int) -> list[int]:
+    "At most `count` positions of a mask (N,), evenly spaced from the highest to the lowest of their scores (N,)."
+    found = mask.nonzero().flatten()
+    found = found[scores[found].argsort(descending=True, stable=True)]
+    return found[torch.linspace(0, len(found) - 1, min(count, len(found))).round().long()].tolist()

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from IPython.display import HTML, Markdown
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .data import CIRDataset
+from .data import CIRDataset, open_image
 
 # %% ../nbs/12_show.ipynb #12157fc5
 COLOURS = ("#1f5fa8", "#d1495b", "#2e8b57", "#e0a100", "#7b4ea3", "#4f4f4f")
@@ -31,9 +31,9 @@ def line_figure(series: dict[str, tuple[list, list]], title: str, x: str, y: str
 def loss_figure(events: list[dict], title: str = "Training loss") -> go.Figure:
     "Every loss term of a run's epoch events over the epochs."
     epochs = [event for event in events if event["kind"] == "epoch"]
-    names = list(epochs[0]["loss"]) if epochs else []
+    names = list(dict.fromkeys(name for event in epochs for name in event["loss"]))
     names = names if len(names) > 2 else names[:1]
-    return line_figure({name: ([e["epoch"] for e in epochs], [e["loss"][name] for e in epochs]) for name in names},
+    return line_figure({name: ([e["epoch"] for e in epochs], [e["loss"].get(name) for e in epochs]) for name in names},
                        title, "epoch", "mean loss")
 
 # %% ../nbs/12_show.ipynb #47cff178
@@ -117,10 +117,10 @@ def banner(text: str) -> HTML:
 # %% ../nbs/12_show.ipynb #9e96dffe
 FRAMES = {"target": "#1f5fa8", "valid": "#2e8b57", "miss": "#b9b9b9", "query": "#ffffff"}
 
-def framed(path, kind: str, side: int) -> Image.Image:
-    "An image fitted into a square with a coloured frame."
-    with Image.open(path) as image: picture = ImageOps.pad(ImageOps.exif_transpose(image).convert("RGB"), (side - 8, side - 8), color="white")
-    return ImageOps.expand(picture, border=4, fill=FRAMES[kind])
+def framed(picture, kind: str, side: int) -> Image.Image:
+    "A picture, or the file of one, fitted into a square with a coloured frame."
+    if not isinstance(picture, Image.Image): picture = open_image(picture)
+    return ImageOps.expand(ImageOps.pad(picture, (side - 8, side - 8), color="white"), border=4, fill=FRAMES[kind])
 
 # %% ../nbs/12_show.ipynb #6c66fd9c
 def verdict(triplet, name: str) -> str:
@@ -134,12 +134,12 @@ def contact_sheet(dataset: CIRDataset, rows: list[int], top: list[list[str]], k:
     sheet = Image.new("RGB", (2 * side + words + (k + 1) * (side + gap), 22 + len(rows) * (side + gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     target_x = side + words + gap
-    for x, text in ((4, "reference"), (side + gap, "request"), (target_x, "target"), (target_x + side + 3 * gap, found)):
+    for x, text in ((4, "reference"), (max(side, 56) + gap, "request"), (target_x, "target"), (target_x + side + 3 * gap, found)):
         draw.text((x, 3), text, fill="#555555", font=font)
     for number, row in enumerate(rows):
         triplet, y = dataset.triplets[row], 22 + number * (side + gap)
         sheet.paste(framed(dataset.image_path(triplet.reference), "query", side), (0, y))
-        draw.multiline_text((side + gap, y + 6), request_text(triplet), fill="black", font=font, spacing=2)
+        draw.multiline_text((side + gap, y + 6), request_text(triplet, lines=max(2, side // 15)), fill="black", font=font, spacing=2)
         if triplet.target: sheet.paste(framed(dataset.image_path(triplet.target), "target", side), (target_x, y))
         for i, name in enumerate(top[row][:k]):
             if name: sheet.paste(framed(dataset.image_path(name), verdict(triplet, name), side), (target_x + side + 3 * gap + i * (side + gap), y))
@@ -148,8 +148,7 @@ def contact_sheet(dataset: CIRDataset, rows: list[int], top: list[list[str]], k:
 # %% ../nbs/12_show.ipynb #8aff5b59
 def request_text(triplet, width: int = 27, lines: int = 5) -> str:
     "The captions, wrapped to fit beside a picture."
-    wrapped = textwrap.wrap(" / ".join(triplet.captions), width)
-    return "\n".join(wrapped[:lines - 1] + ["…"] if len(wrapped) > lines else wrapped)
+    return "\n".join(textwrap.wrap(" / ".join(triplet.captions), width, max_lines=lines, placeholder=" …"))
 
 # %% ../nbs/12_show.ipynb #02b782b8
 def evenly_spaced(total: int, count: int) -> list[int]:

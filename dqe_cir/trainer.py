@@ -558,9 +558,9 @@ def training_origin(folder: Path) -> dict[str, str]:
 # %% ../nbs/10_trainer.ipynb #45498464
 SMOKE = {"size": "smoke", "epochs": 2, "batch_size": 16}
 
-def smoke_run() -> Path:
-    "The folder of a run of two epochs on the small garments, trained on the spot."
-    run = open_run(train_config({**SMOKE, "evaluate_every": 0}), temporary=True)
+def smoke_run(**changes) -> Path:
+    "The folder of a run on the small garments, trained on the spot: two epochs, or with other parameters."
+    run = open_run(train_config({**SMOKE, "evaluate_every": 0, **changes}), temporary=True)
     method, dataset = build_method(run.config), load_dataset("garments", split="train", size="smoke")
     fit(method, training_set(run.config, dataset, cache_tokens(method.encoder, dataset, progress=False)), run)
     return run.folder

@@ -1,9 +1,11 @@
 "Shared by all tests: where the yardsticks lie, one torch thread, the same hypothesis examples on every run."
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 
 torch.set_num_threads(1)
 settings.register_profile("house", deadline=None, max_examples=25, derandomize=True, database=None)
@@ -32,3 +34,32 @@ def golden():
 def annotations():
     "annotations('cirr') -> Path of a data set's real annotation files (no images)."
     return yardstick("annotations")
+
+
+@pytest.fixture
+def mixed_folder(tmp_path):
+    "A folder as people have them. Returns it, the ids that can be searched, and the ids that cannot."
+    folder = tmp_path / "my pictures"
+    good = {"plain.png": "red", "with spaces & 100%.jpg": "blue", "été – 夏.png": "green", "UPPER.JPG": "orange", "no_extension": "purple", "summer/beach/#1.webp": "cyan",
+            "<b>bold</b>.png": "yellow", "an 'odd' \"name\".png": "brown", "-p.bmp": "pink", "emoji 👗.png": "white"}
+    for name, colour in good.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (48, 64), colour).save(path, {".jpg": "JPEG"}.get(path.suffix.lower()) or (None if path.suffix else "PNG"))
+    Image.new("RGB", (5000, 4000), "navy").save(folder / "huge.jpg", quality=30)
+    Image.new("RGB", (2000, 9), "teal").save(folder / "very wide.png")
+    Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(folder / "clear.png")
+    Image.new("I;16", (40, 40), 40_000).save(folder / "sixteen bits.png")
+    Image.new("RGB", (40, 40), "lime").save(folder / "animated.gif", save_all=True, append_images=[Image.new("RGB", (40, 40), "black")] * 3)
+    more = {"huge.jpg", "very wide.png", "clear.png", "sixteen bits.png", "animated.gif"}
+    (folder / "empty.jpg").touch()
+    (folder / "corrupt.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    (folder / "cut off.jpg").write_bytes((folder / "huge.jpg").read_bytes()[:2000])
+    (folder / "text.jpeg").write_text("not a picture at all")
+    Image.new("RGB", (1, 1)).save(folder / "one pixel.png")
+    os.symlink(folder / "gone.png", folder / "broken link.png")
+    Image.new("1", (20_000, 10_000)).save(folder / "bomb.png")  # a few kilobytes that unpack to more pixels than Pillow opens
+    (folder / "notes.txt").write_text("buy milk")
+    (folder / ".hidden.png").write_bytes((folder / "plain.png").read_bytes())
+    (folder / "empty folder").mkdir()
+    return folder, {*good, *more}, {"empty.jpg", "corrupt.png", "cut off.jpg", "text.jpeg", "one pixel.png", "broken link.png", "bomb.png"}

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNNER_NAMES = ("train", "evaluate", "pretrain", "ablate", "search", "leaderboard")
+RUNNER_NAMES = ("train", "evaluate", "pretrain", "ablate", "search", "leaderboard", "inspect_run")
 PAGE_NAMES = ("evidence", "results")  # pages that read records and export nothing
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
                    if ".ipynb_checkpoints" not in path.parts and not path.name.startswith("_"))

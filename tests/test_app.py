@@ -1,0 +1,64 @@
+"The page without code: served to whoever brings the token, refused to everybody else."
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_lines(target):
+    "The commands of a Makefile target, as make would print them."
+    done = subprocess.run(["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_the_app_is_bound_to_this_machine_and_never_without_a_token():
+    said = make_lines("app")
+    assert "voila nbs/search.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True" in said
+
+
+def status(address):
+    "The HTTP status of a GET, redirections followed, and the address it ended at."
+    try:
+        with urllib.request.urlopen(address, timeout=60) as answer: return answer.status, answer.url
+    except urllib.error.HTTPError as refused: return refused.code, address
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def server(tmp_path):
+    "A server started as `make app` starts it, with a token known to the test."
+    if not importlib.util.find_spec("voila"): pytest.skip("voila is not installed: make app installs it")
+    port, names = free_port(), ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    (tmp_path / "page.ipynb").write_text('{"cells": [], "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}, "nbformat": 4, "nbformat_minor": 5}')
+    command = [sys.executable, "-m", "voila", str(tmp_path / "page.ipynb"), "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}", "--Voila.token=secret"]
+    process = subprocess.Popen(command, env={**os.environ, **{name: str(tmp_path / name.lower()) for name in names}}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    base = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try: socket.create_connection(("127.0.0.1", port), 1).close(); break
+        except OSError: time.sleep(0.25)
+    yield base
+    process.terminate(); process.wait(20)
+
+
+@pytest.mark.slow
+def test_without_the_token_the_page_is_refused(server):
+    code, address = status(f"{server}/")
+    assert code == 403 or "/login" in address
+    code, address = status(f"{server}/?token=wrong")
+    assert code == 403 or "/login" in address
+    code, address = status(f"{server}/?token=secret")
+    assert code == 200 and "/login" not in address

@@ -1,0 +1,125 @@
+"The retriever and the page's session: files of every kind, a gate that is the formula, an index that is the pictures, and a way back."
+import os
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from dqe_cir.core import DataError
+from dqe_cir.methods.info_nce import InfoNCE
+from dqe_cir.encoder import load_encoder
+from dqe_cir.retriever import Retriever, compared, garments_at_once, gate_shares, gated, picture_files
+from dqe_cir.search_page import SearchPage, Session
+
+
+@pytest.fixture(scope="module")
+def gallery(): return garments_at_once("val", "smoke")
+
+
+@pytest.fixture
+def folder(tmp_path, gallery):
+    "Six garments, one of them in a subfolder with signs in its name."
+    place = tmp_path / "pictures"
+    (place / "ünter ☂").mkdir(parents=True)
+    for number, name in enumerate(gallery.gallery[:6]):
+        shutil.copy(gallery.files[name], place / ("ünter ☂" if number == 5 else ".") / f"{number}.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def retriever(): return Retriever.load("garments")
+
+
+def by_id(retriever): return dict(zip(retriever.ids, retriever.embeddings))
+
+
+def test_an_updated_index_is_a_fresh_one(folder, tmp_path, retriever):
+    "Whatever happened to the folder in between."
+    retriever.index(folder, tmp_path / "store")
+    (folder / "0.png").unlink(); (folder / "1.png").rename(folder / "moved.png"); shutil.copy(folder / "2.png", folder / "3.png")
+    report = retriever.index(folder, tmp_path / "store")
+    assert (report.removed, report.renamed, report.changed) == (["0.png"], {"moved.png": "1.png"}, ["3.png"])
+    updated = by_id(retriever)
+    retriever.index(folder)
+    assert list(updated) == ["2.png", "3.png", "4.png", "moved.png", "ünter ☂/5.png"]
+    assert_close(updated, by_id(retriever), atol=1e-3, rtol=0)
+    assert_close(updated["2.png"], updated["3.png"], atol=0, rtol=0)
+
+
+def test_odd_files_are_listed_or_read(folder, retriever):
+    Image.new("RGBA", (90, 40), (255, 0, 0, 90)).save(folder / "alpha.png")
+    Image.new("I;16", (40, 40), 40000).save(folder / "deep.png")
+    Image.new("CMYK", (50, 40)).save(folder / "print.jpg")
+    Image.new("RGB", (4000, 9)).save(folder / "strip.png")
+    (folder / "zero.jpg").touch(); (folder / "broken.webp").write_bytes(b"RIFF\x00\x00\x00\x00WEBPVP8 ")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png"); (folder / "movie.mp4").write_bytes(b"\x00\x00\x00\x18ftypmp42")
+    os.mkfifo(folder / "pipe.png")
+    assert "movie.mp4" not in picture_files(folder)[0]
+    retriever.index(folder)
+    assert {"alpha.png", "deep.png", "print.jpg", "strip.png"} <= set(retriever.ids)
+    assert set(retriever.unreadable) == {"zero.jpg", "broken.webp", "gone.png", "pipe.png"}
+    assert all(retriever.unreadable.values())
+
+
+def test_a_gate_by_hand_is_the_formula(gallery, retriever):
+    retriever.index(gallery)
+    composed = retriever.ask(gallery.gallery[0], "is red and has long sleeves")
+    weights = torch.tensor([0.2, 0.5, 0.3])
+    mixed = 0.2 * composed.base[0] + 0.5 * composed.parts[0, 0] + 0.3 * composed.parts[0, 1]
+    assert_close(gated(composed, (2, 5, 3))[0], mixed / mixed.norm())
+    assert_close(gate_shares(composed, (2, 5, 3)), weights)
+    assert_close(gated(composed, "off"), composed.base)
+    for bad in ((0, 0, 0), (-1, 1, 1), (1, 1), (float("nan"), 1, 1), "none"):
+        with pytest.raises(ValueError): gated(composed, bad)
+
+
+def test_a_method_without_parts_searches_too(gallery):
+    plain = Retriever(InfoNCE(load_encoder("mini", device="cpu")), type("Config", (), {"method": "info_nce", "dataset": "garments"}))
+    plain.index(gallery)
+    assert len(plain.search(gallery.gallery[0], "is red", 5)) == 5 and plain.parts == ()
+    with pytest.raises(ValueError, match="no attribute gate"): plain.search(gallery.gallery[0], "is red", gate="off")
+    with pytest.raises(ValueError, match="no attribute parts"): plain.explain(gallery.gallery[0], "is red", gallery.gallery[1])
+    page = SearchPage(plain, size="smoke")
+    page.text.value = "is red"
+    assert all(cell.id for cell in page.cells) and not page.sliders
+
+
+def test_drawn_on_demand_is_the_benchmark_bit_for_bit(tmp_path, monkeypatch, gallery):
+    monkeypatch.setenv("DQE_CIR_DATA", str(tmp_path))
+    lazy = garments_at_once("val", "smoke")
+    assert [t for t in lazy.triplets] == [t for t in gallery.triplets]
+    assert lazy.files[lazy.gallery[7]].read_bytes() == gallery.files[gallery.gallery[7]].read_bytes()
+
+
+def test_undo_goes_back_step_by_step(gallery, retriever):
+    retriever.index(gallery)
+    session, asked = Session(retriever, gallery), []
+    for text in ("is red", "is striped", "has long sleeves"):
+        asked.append(session.reference)
+        session.choose(session.search(text).results[0].id)
+    for reference in reversed(asked):
+        session.undo()
+        assert session.reference == reference
+    assert session.undo() is None and not session.steps
+
+
+def test_the_page_tells_errors_in_words(folder, tmp_path, retriever):
+    page = SearchPage(retriever, size="smoke")
+    page.folder.value = str(tmp_path / "nowhere")
+    assert "is not a folder" in page.status.value and 'class="bad"' in page.status.value
+    (tmp_path / "bare").mkdir()
+    page.folder.value = str(tmp_path / "bare")
+    assert "no readable picture" in page.status.value
+    page.folder.value = str(folder)
+    assert page.session.dataset is None and len(page.retriever) == 6
+
+
+def test_listings_are_compared_by_content():
+    report = compared({"a": "1", "b": "1"}, {"c": "1", "d": "1"})
+    assert len(report.renamed) == 1 and len(report.new) == 1 and len(report.removed) == 1
+
+
+def test_a_missing_folder_is_named():
+    with pytest.raises(DataError, match="nowhere is not a folder"): picture_files("nowhere")
