@@ -292,7 +292,7 @@ def make_controls(self: SearchPage) -> None:
     self.name = w.Combobox(description="Reference", placeholder="id of a picture", continuous_update=False, layout=L(width="430px"))
     self.file = w.FileUpload(accept="image/*", multiple=False, description="Upload", layout=L(width="110px"))
     self.another = w.Button(description="Another", tooltip="another picture of the gallery", layout=L(width="90px"))
-    self.text = w.Text(placeholder="what should change? e.g. is red and has long sleeves", continuous_update=False, layout=L(width="540px"))
+    self.text = w.Text(placeholder="what should change? e.g. is red and has long sleeves", layout=L(width="540px"))
     self.button = w.Button(description="Search", button_style="primary", layout=L(width="95px"))
     self.mode = w.ToggleButtons(options=["learned", "off", "by hand"], style=dict(button_width="84px"), layout=L(width="300px"))
     self.sliders = [w.FloatSlider(value=0, min=0, max=1, step=0.01, description=part, disabled=True, readout_format=".2f", style=dict(description_width="76px"), layout=L(width="214px"))
@@ -352,7 +352,7 @@ def listen(self: SearchPage) -> None:
     watch(self.example, self.pick_example)
     watch(self.name, lambda name: name and self.pick(name))
     watch(self.file, lambda files: [self.pick_upload(file["name"], bytes(file["content"])) for file in files])
-    watch(self.text, lambda text: text.strip() and self.ask())
+    self.text.on_submit(self.guarded(lambda _: self.ask()))  # Enter
     watch(self.mode, self.pick_mode)
     for slider in self.sliders: watch(slider, lambda _: self.regate(tuple(slider.value for slider in self.sliders)))
     click(self.button, self.ask)

@@ -112,7 +112,6 @@ class Lab:
         self.page.wait_for_timeout(200)
         self.page.wait_for_selector("#jp-main-statusbar >> text=/ipykernel.*Idle/")
         self.text.fill(text)
-        self.text.dispatch_event("change")  # what leaving the box does
         self.page.wait_for_timeout(300)
 
     def search(self, text):

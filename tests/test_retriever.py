@@ -83,6 +83,7 @@ def test_a_method_without_parts_searches_too(gallery):
     with pytest.raises(ValueError, match="no attribute parts"): plain.explain(gallery.gallery[0], "is red", gallery.gallery[1])
     page = SearchPage(plain, size="smoke")
     page.text.value = "is red"
+    page.button.click()
     assert all(cell.id for cell in page.cells) and not page.sliders
 
 
