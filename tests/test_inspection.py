@@ -62,7 +62,7 @@ def small():
 
 def result(rank, precision=None, top=None):
     measures = {"rank": torch.tensor(rank)} | ({} if precision is None else {"average_precision": torch.tensor(precision)})
-    return Evaluation("a protocol", {}, measures, top or [list("abcd")] * len(rank))
+    return Evaluation("a protocol", {}, measures, top or [list("abcd")] * len(rank), None)
 
 
 def test_confusion_by_hand(small):
