@@ -63,6 +63,7 @@ class TrainConfig(PairOptions):
     "Every parameter of a training run; None means: take it from the preset."
     dataset: str = "garments"  # garments, fashioniq or cirr
     method: str = "dqe_cir"  # a name in METHODS
+    form: str = "shared"  # shared: on BLIP-2 tokens, all alike; native: on the backbone the system was published with
     encoder: str = "mini"  # mini, a hub id or a local folder
     seed: int = 0
     epochs: int | None = None
@@ -85,7 +86,7 @@ class TrainConfig(PairOptions):
 def train_config(values: dict) -> TrainConfig:
     "The resolved `TrainConfig` of a dict of parameters; unknown names and impossible values raise `ValueError`."
     config = checked(TrainConfig, values)
-    choices = {"dataset": ("garments", "fashioniq", "cirr"), "method": tuple(METHODS), "size": ("full", "smoke"),
+    choices = {"dataset": ("garments", "fashioniq", "cirr"), "method": tuple(METHODS), "form": ("shared", "native"), "size": ("full", "smoke"),
                "evaluate_on": ("val", "dev") if config.dataset == "garments" else ("val",), "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "attribute_mode": MODES,
                "attribute_negatives": ("shared", "own") if config.dataset == "garments" else ("shared",), "soft_labels": ("even", "target"),
                "annotators": ("even", "uneven") if config.dataset == "garments" else ("even",)}
@@ -224,7 +225,7 @@ def open_run(config: TrainConfig, temporary: bool = False) -> Run:
     if temporary: return Run(config, Path(tempfile.mkdtemp(prefix="dqe-cir-")))
     home = (checkout() or Path.cwd()) / "runs"
     for number in range(1, 10_000):
-        folder = home / (f"{config.dataset}-{config.method}-seed{config.seed}" + (f"-{number}" if number > 1 else ""))
+        folder = home / (f"{config.dataset}-{config.method}{'-native' * (config.form == 'native')}-seed{config.seed}" + (f"-{number}" if number > 1 else ""))
         if not folder.exists(): return Run(config, folder)
 
 # %% ../nbs/10_trainer.ipynb #e0df55ea
@@ -343,7 +344,9 @@ def build_method(config: TrainConfig) -> Method:
     device = resolve_device(config.device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(generator(config.seed, "initial weights").initial_seed())
-        return METHODS[config.method].from_config(load_encoder(config.encoder, device=str(device)), config).to(device)
+        method = METHODS[config.method]
+        if config.form == "native": method = method.native or method
+        return method.from_config(method.load_encoder(config.encoder, device=str(device)), config).to(device)
 
 # %% ../nbs/10_trainer.ipynb #b893b3a5
 def load_run(folder: Path, device: str = "auto") -> tuple[Method, TrainConfig]:
