@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['PLAIN', 'DQE', 'CONDITIONS', 'AFTER_WARM_UP', 'NAMED', 'SMALL', 'STUDENT', 'warm_up_key', 'share_above',
            'suppression', 'excluding_pairs', 'confusion', 'in_batch_false_negatives', 'Job', 'study_jobs', 'load_sets',
-           'walk', 'warm_up', 'start_from', 'run_job', 'parameters', 'extra_measures', 'run_study', 'in_processes',
-           'StudyConfig', 'common', 'named', 'study_config', 'small_study', 'interval', 'values_of', 'paired',
-           'summary_table', 'difference_table', 'study_record', 'telling_rows', 'side_by_side']
+           'peak_memory', 'epochs_done', 'costs', 'walk', 'warm_up', 'start_from', 'run_job', 'parameters',
+           'extra_measures', 'run_study', 'in_processes', 'StudyConfig', 'common', 'named', 'seed_list', 'study_config',
+           'small_study', 'interval', 'values_of', 'paired', 'summary_table', 'difference_table', 'outcome', 'finding',
+           'findings', 'study_record', 'read_study', 'source_line', 'study_report', 'telling_rows', 'side_by_side',
+           'draw_sheet']
 
 # %% ../nbs/15_ablation.ipynb #c96b4c61
-import dataclasses, hashlib, json, math, multiprocessing, shutil, statistics, tempfile, time
+import dataclasses, hashlib, json, math, multiprocessing, re, shutil, statistics, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
+from IPython.display import Markdown
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,7 +28,7 @@ from .encoder import cache_tokens
 from .evaluator import SHAPE, encode_gallery, encode_queries, evaluate, gallery_rows
 from .methods import METHODS
 from .methods.base import Method
-from .show import contact_sheet
+from .show import contact_sheet, text_table
 from .trainer import PairOptions, Run, TrainConfig, build_method, epoch_batches, fit, load_run, train_config, training_set
 
 # %% ../nbs/15_ablation.ipynb #c0ae37e0
@@ -45,6 +48,7 @@ CONDITIONS: dict[str, dict] = {
     "without_ranking_margin": DQE | dict(ranking_weight=0.0),
     "without_attribute_margins": DQE | dict(attribute_weight=0.0),
     "without_kl": DQE | dict(preference_weight=0.0),
+    "without_trns": DQE | dict(negatives="random"),
     "without_refresh": DQE | dict(refresh_every=0),
     "refresh_every_epoch": DQE | dict(refresh_every=1),
     "without_warm_up": DQE | dict(warmup_epochs=0),
@@ -156,6 +160,29 @@ def load_sets(config: TrainConfig) -> tuple[CIRDataset, CIRDataset]:
     "The training set and the set of queries to evaluate on."
     return tuple(load_dataset(config.dataset, config.data_root or None, split, size=config.size) for split in ("train", config.evaluate_on))
 
+# %% ../nbs/15_ablation.ipynb #efc22e51
+def peak_memory(device: torch.device, restart: bool = False) -> int | None:
+    "Most memory held since the last restart, in MiB; None where the system does not tell."
+    if device.type == "cuda":
+        if restart: torch.cuda.reset_peak_memory_stats(device)
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    forget, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not (forget.exists() and status.exists()): return None
+    if restart: forget.write_text("5")
+    return round(int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024)
+
+# %% ../nbs/15_ablation.ipynb #13eb7264
+def epochs_done(run: Run) -> int:
+    "Epochs that a run has logged."
+    return sum(event["kind"] == "epoch" for event in run.events)
+
+def costs(folder: Path, method: Method) -> dict[str, float | None]:
+    "CPU seconds per epoch, trained parameters, and peak memory in MiB of a run folder; None for what its cpu.jsonl does not tell."
+    parts = [line for line in read_jsonl(Path(folder) / "cpu.jsonl") if line.get("epochs")]
+    epochs, peaks = sum(line["epochs"] for line in parts), [line["memory"] for line in parts if line["memory"] is not None]
+    return {"CPU seconds per epoch": round(sum(line["seconds"] for line in parts) / epochs, 2) if epochs else None,
+            "trained parameters": sum(p.numel() for p in method.parameters() if p.requires_grad), "peak memory": max(peaks, default=None)}
+
 # %% ../nbs/15_ablation.ipynb #1b21a7b5
 def walk(job: Job, folder: Path, until: int | None = None) -> tuple:
     "Train a job's configuration in a folder; returns method, training set, evaluation set, tokens and run."
@@ -163,9 +190,10 @@ def walk(job: Job, folder: Path, until: int | None = None) -> tuple:
     method, (train_set, test_set) = build_method(job.config), load_sets(job.config)
     tokens = cache_tokens(method.encoder, [train_set, test_set], progress=False)
     data, run = training_set(job.config, train_set, tokens), Run(dataclasses.replace(job.config, run_dir=str(folder)), folder)
-    seconds = time.process_time()
+    device, done, seconds = next(method.parameters()).device, epochs_done(run), time.process_time()
+    peak_memory(device, restart=True)
     fit(method, data, run, until=until)
-    append_jsonl(run.folder / "cpu.jsonl", seconds=round(time.process_time() - seconds, 1))
+    append_jsonl(run.folder / "cpu.jsonl", seconds=round(time.process_time() - seconds, 1), epochs=epochs_done(run) - done, memory=peak_memory(device))
     return method, data, test_set, tokens, run
 
 # %% ../nbs/15_ablation.ipynb #38a417d7
@@ -192,6 +220,7 @@ def run_job(job: Job) -> dict:
     record = dict(condition=job.condition, seed=job.config.seed, parameters=parameters(job.config), data=test_set.data, split=test_set.split,
                   metrics={**evaluate(method, test_set, tokens).metrics, **extra_measures(job, method, data, test_set, tokens, run)},
                   cpu_seconds=round(sum(line["seconds"] for line in read_jsonl(job.folder / "cpu.jsonl"))), environment=environment())
+    record["cost"] = costs(job.folder, method)
     write_json(job.folder / "results.json", record)
     return record
 
@@ -240,6 +269,8 @@ class StudyConfig:
     baseline: str = "dqe_cir"
     study: str = "runs/ablation"
     record: str = ""
+    pair: str = "info_nce,dqe_cir"
+    sheet: str = ""
     workers: int = 0
     dataset: str = "garments"
     encoder: str = "mini"
@@ -266,7 +297,13 @@ def named(self: StudyConfig) -> dict[str, dict]: return {name: CONDITIONS[name] 
 StudyConfig.common, StudyConfig.named = property(common), property(named)
 StudyConfig.folder = property(lambda self: (checkout() or Path.cwd()) / self.study)
 StudyConfig.record_path = property(lambda self: (checkout() or Path.cwd()) / self.record if self.record else self.folder / "records.json")
-StudyConfig.seed_list = property(lambda self: [int(seed) for seed in self.seeds.split(",")])
+
+def seed_list(self: StudyConfig) -> list[int]:
+    wrong = [seed for seed in self.seeds.split(",") if not seed.strip().isdigit()]
+    if wrong: raise ValueError(f"seeds={self.seeds!r} must be numbers with commas between, such as 0,1,2")
+    return [int(seed) for seed in self.seeds.split(",")]
+
+StudyConfig.seed_list = property(seed_list)
 
 # %% ../nbs/15_ablation.ipynb #fb7c644b
 def study_config(values: dict) -> StudyConfig:
@@ -274,9 +311,9 @@ def study_config(values: dict) -> StudyConfig:
     config = checked(StudyConfig, values)
     unknown = [name for name in config.conditions.split(",") if name not in ("all", *CONDITIONS)]
     if unknown: raise ValueError(f"unknown condition {unknown[0]!r}; known: all, or some of {', '.join(CONDITIONS)}")
-    wrong = [seed for seed in config.seeds.split(",") if not seed.strip().isdigit()]
-    if wrong: raise ValueError(f"seeds={config.seeds!r} must be numbers with commas between, such as 0,1,2")
     if config.baseline not in CONDITIONS: raise ValueError(f"unknown baseline {config.baseline!r}; known: {', '.join(CONDITIONS)}")
+    if config.sheet and not set(config.pair.split(",")) <= config.named.keys(): raise ValueError(f"pair={config.pair!r} must name two conditions of this study")
+    config.seed_list  # raises where seeds are misspelt
     return config
 
 # %% ../nbs/15_ablation.ipynb #7bb33d26
@@ -284,7 +321,8 @@ SMALL = dict(conditions="trns,hardest", seeds="0,1", baseline="trns", size="smok
 
 def small_study() -> dict:
     "Parameters of a study of seconds, in a folder of its own."
-    return {**SMALL, "study": tempfile.mkdtemp(prefix="dqe-cir-study-")}
+    folder = tempfile.mkdtemp(prefix="dqe-cir-study-")
+    return {**SMALL, "study": folder, "pair": "hardest,trns", "sheet": f"{folder}/sheet.jpg"}
 
 # %% ../nbs/15_ablation.ipynb #96e37f73
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)  # t of 97.5 %, 1 to 15 degrees of freedom
@@ -330,15 +368,52 @@ def difference_table(records: list[dict], baseline: str, measures: list[str]) ->
             table[name][measure] = f"**{text}**" if abs(mean) > half else text
     return table
 
+# %% ../nbs/15_ablation.ipynb #d5da99ec
+def outcome(mean: float, half: float) -> str:
+    "above, below, or ties with where the interval holds 0."
+    return "ties with" if abs(mean) <= half else "is above" if mean > 0 else "is below"
+
+def finding(records: list[dict], condition: str, baseline: str, measure: str = "mAP") -> str:
+    "One sentence in Markdown, its verb taken from the interval."
+    shared = values_of(records, condition, measure).keys() & values_of(records, baseline, measure).keys()
+    if len(shared) < 2: return f"`{condition}` and `{baseline}` share fewer than two seeds: no interval, no finding."
+    mean, half, n = paired(records, condition, baseline, measure)
+    return f"`{condition}` **{outcome(mean, half)}** `{baseline}`: {mean:+.1f} points of {measure}, 95 % interval {mean - half:+.1f} to {mean + half:+.1f}, {n} seeds."
+
+def findings(records: list[dict], pairs: list[tuple[str, str]], measure: str = "mAP") -> Markdown:
+    "The findings of several (condition, baseline) pairs as a list."
+    return Markdown("\n".join(f"* {finding(records, *pair, measure)}" for pair in pairs))
+
 # %% ../nbs/15_ablation.ipynb #ebf04d8c
-def study_record(config: StudyConfig, records: list[dict]) -> dict:
+def study_record(config: StudyConfig, records: list[dict], notebook: str = "ablate") -> dict:
     "The JSON record of a study: the command, what was measured on which data, the parameters of each condition, and every run."
-    default = StudyConfig()
-    given = [f"-p {name} {value}" for name, value in vars(config).items() if value != getattr(default, name) and name != "record"]
-    kept = lambda r: dict(condition=r["condition"], seed=r["seed"], cpu_seconds=r["cpu_seconds"],
-                          metrics={name: value if value is None else round(value, 3) for name, value in r["metrics"].items()})
-    return {"command": " ".join(["papermill nbs/ablate.ipynb out.ipynb", *given]), "data": records[0]["data"], "split": records[0]["split"],
+    default = type(config)()
+    given = [f"-p {name} {value}" for name, value in vars(config).items() if value != getattr(default, name) and name not in ("record", "sheet")]
+    kept = lambda r: {name: r[name] for name in ("condition", "seed", "cpu_seconds", "cost") if name in r} | {
+        "metrics": {name: value if value is None else round(value, 3) for name, value in r["metrics"].items()}}
+    return {"command": " ".join([f"papermill nbs/{notebook}.ipynb out.ipynb", *given]), "data": records[0]["data"], "split": records[0]["split"],
             "environment": records[0]["environment"], "conditions": {r["condition"]: r["parameters"] for r in records}, "runs": [kept(r) for r in records]}
+
+# %% ../nbs/15_ablation.ipynb #cc3170ad
+def read_study(name: str) -> dict | None:
+    "The record `data/results/NAME.json` of the checkout; None if there is none."
+    path = (checkout() or Path.cwd()) / "data" / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+def source_line(study: dict) -> str:
+    "Where a study's figures come from, in one line of Markdown."
+    seeds = sorted({run["seed"] for run in study["runs"]})
+    return f"{study['data']} {study['split']}, seeds {', '.join(map(str, seeds))}, commit `{study['environment']['commit']}`. `{study['command']}`"
+
+def study_report(study: dict | None, name: str, baseline: str = "info_nce", measures=("mAP", "R@10", "top-1 valid")) -> Markdown:
+    "A study as Markdown: means, differences to a baseline and the findings in words; or that it was not run."
+    if study is None: return Markdown(f"**{name}: not run.** There is no `data/results/{name}.json`.")
+    runs, cells = study["runs"], summary_table(study["runs"], measures)
+    differs = difference_table(runs, baseline, ["mAP"])
+    rows = {condition: values | {"mAP difference": differs.get(condition, {}).get("mAP")} for condition, values in cells.items()}
+    table = text_table(rows, ["seeds", *measures, "mAP difference"], f"{name}: difference to {baseline}", bold=baseline)
+    others = findings(runs, [(condition, baseline) for condition in cells if condition != baseline])
+    return Markdown("\n\n".join([source_line(study), table.data, others.data]))
 
 # %% ../nbs/15_ablation.ipynb #649fdb05
 def telling_rows(dataset: CIRDataset, difference: Tensor, count: int) -> list[int]:
@@ -360,3 +435,12 @@ def side_by_side(one: Job, other: Job, count: int = 3) -> Image.Image:
     shown = [(dataclasses.replace(dataset.triplets[row], captions=label(row, i)), found[i].top[row]) for row in rows for i in (0, 1)]
     twice = dataclasses.replace(dataset, triplets=[triplet for triplet, _ in shown])
     return contact_sheet(twice, list(range(len(shown))), [top for _, top in shown])
+
+# %% ../nbs/15_ablation.ipynb #be5e73cd
+def draw_sheet(config: StudyConfig, jobs: list[Job]) -> Path:
+    "Write the sheet of a study's pair, with the first seed, as a JPEG; returns its path."
+    one, other = (next(job for job in jobs if (job.condition, job.config.seed) == (name, config.seed_list[0])) for name in config.pair.split(","))
+    path = (checkout() or Path.cwd()) / config.sheet
+    path.parent.mkdir(parents=True, exist_ok=True)
+    side_by_side(one, other).save(path, quality=70, optimize=True)
+    return path

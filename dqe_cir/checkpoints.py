@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2PreTrainedModel, Blip2TextEmbeddings
 
-from .core import DataError
+from .core import DataError, writable
 
 # %% ../nbs/14_checkpoints.ipynb #902ec2f9
 class ClipBlip2Config(Blip2Config):
@@ -267,6 +267,7 @@ def convert(source: Path, folder: Path) -> Path:
     "Write a LAVIS checkpoint as a folder in Hugging Face's format, then `verify` it. An existing folder is never overwritten."
     source, folder = Path(source), Path(folder)
     if folder.exists(): raise DataError(f"{folder} exists already: delete it, or name another folder")
+    writable(folder.parent)
     state, part = read_checkpoint(source), folder.with_name(f"{folder.name}.part-{os.getpid()}")
     model = blank_model(lavis_config(state, **usual_heads(state)))
     weights, tokenizer = library_weights(state, model, tower_kind(state)), find_tokenizer(source.parent, model.config.qformer_config.vocab_size)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import BertTokenizer, Blip2ForImageTextRetrieval
 
 from .checkpoints import EPS, SUFFIXES, check_model, check_tokenizer, find_tokenizer, lavis_model, load_model, read_checkpoint, usual_heads
-from .core import DataError, data_folder, resolve_device, write_json
+from .core import DataError, data_folder, resolve_device, writable, write_json
 from .data import CIRDataset, open_image, target_pad
 
 # %% ../nbs/03_encoder.ipynb #1c32b175
@@ -167,17 +167,17 @@ Blip2Encoder.fingerprint = fingerprint
 
 # %% ../nbs/03_encoder.ipynb #73e8df91
 class TokenCache:
-    "Tokens of many images: `cache[ids]` is a float32 tensor (len(ids),P,W)."
+    "Tokens of many images: `cache[ids]` is a float32 tensor (len(ids),P,W) on `device`, copied there in the type it is stored in."
 
-    def __init__(self, ids: list[str], tokens: np.ndarray):
-        self.row, self.tokens = {name: i for i, name in enumerate(ids)}, tokens
+    def __init__(self, ids: list[str], tokens: np.ndarray, device: torch.device | str = "cpu"):
+        self.row, self.tokens, self.device = {name: i for i, name in enumerate(ids)}, tokens, device
 
     def __len__(self) -> int: return len(self.row)
 
     def __getitem__(self, ids: list[str]) -> Tensor:
         unknown = [name for name in ids if name not in self.row]
         if unknown: raise KeyError(f"no tokens of image {unknown[0]!r}: it was not among the images that were cached")
-        return torch.from_numpy(self.tokens[[self.row[name] for name in ids]]).float()
+        return torch.from_numpy(self.tokens[[self.row[name] for name in ids]]).to(self.device).float()
 
 # %% ../nbs/03_encoder.ipynb #a948507f
 def image_paths(sources) -> dict[str, Path]:
@@ -204,7 +204,7 @@ def cache_tokens(encoder: Blip2Encoder, sources, folder: Path | None = None, bat
     if tokens is None:
         write_tokens(folder / key, encoder, list(paths.values()), batch_size, progress)
         tokens = read_tokens(folder / key, len(paths))
-    return TokenCache(list(paths), tokens)
+    return TokenCache(list(paths), tokens, encoder.device)
 
 # %% ../nbs/03_encoder.ipynb #7fc75c6f
 BLOCK = 256  # images per checksum
@@ -225,7 +225,7 @@ def read_tokens(stem: Path, count: int) -> np.ndarray | None:
 # %% ../nbs/03_encoder.ipynb #38759044
 def write_tokens(stem: Path, encoder: Blip2Encoder, paths: list[Path], batch_size: int, progress: bool) -> None:
     "Encode every image into a new token file; its description is written last."
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    writable(stem.parent)
     stem.with_suffix(".json").unlink(missing_ok=True)
     part, tokens = stem.with_suffix(f".part-{os.getpid()}"), None
     load = lambda path: encoder.transform(open_image(path))

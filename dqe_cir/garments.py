@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from .core import data_folder, write_json
+from .core import data_folder, writable, write_json
 
 # %% ../nbs/01_garments.ipynb #2118abe9
 CATEGORIES = ("dress", "shirt", "toptee")
@@ -592,7 +592,7 @@ def make_garments(folder: Path | str | None = None, size: str = "full", seed: in
     if size not in SIZES: raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
     root = Path(folder or data_folder()) / f"garments-{size}-{fingerprint(size, seed)}"
     if root.exists(): return root
-    root.parent.mkdir(parents=True, exist_ok=True)
+    writable(root.parent)
     for leftover in root.parent.glob(f"{root.name}.part-*"):
         if abandoned(leftover): shutil.rmtree(leftover, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=f"{root.name}.part-{os.getpid()}-", dir=root.parent))

@@ -114,8 +114,9 @@ class BlipEncoder(NativeEncoder):
         vision = model.config.vision_config
         super().__init__(vision.image_size, tokenizer, longest)
         self.places, self.shape = places, (places or (vision.image_size // vision.patch_size) ** 2 + 1, vision.hidden_size)
-        self.vision_tower, self.vision_projection = model.vision_model.requires_grad_(False), model.vision_proj.requires_grad_(False)
-        self.text_encoder, self.text_projection = model.text_encoder, model.text_proj
+        self.text_encoder, self.text_projection, self.vision_projection = model.text_encoder, model.text_proj, model.vision_proj.requires_grad_(False)
+        del self.vision_tower  # to be put last: a model is where its first weights are, and the tower is moved about
+        self.vision_tower = model.vision_model.requires_grad_(False)
         self.looking = model.config.text_config.vocab_size - 1  # [ENC]
 
     @property

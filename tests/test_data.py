@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dqe_cir.core import DataError, write_json
-from dqe_cir.data import (Triplet, as_rgb, load_circo, load_cirr, load_dataset, load_fashioniq, load_garments, open_image, sample_banner,
-                          verify_images, with_shared_answers)
+from dqe_cir.data import (PUBLISHED, Triplet, as_rgb, count_report, load_circo, load_cirr, load_dataset, load_fashioniq, load_garments, main, open_image,
+                          sample_banner, verify_images, with_shared_answers)
 from dqe_cir.garments import make_garments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -382,16 +382,61 @@ def command(*words):
     return subprocess.run([sys.executable, "-m", "dqe_cir.data", "verify", *map(str, words)], capture_output=True, text=True, env=environment, timeout=120)
 
 
-def test_the_command_verifies_and_says_so_in_its_exit_code(tmp_path):
-    for i in range(6): picture(cirr(tmp_path) / "img_raw" / "dev" / f"dev-{i}-0-img0.png")
-    words = ("--dataset", "cirr", "--root", tmp_path, "--split", "val")
+def test_the_command_verifies_and_says_so_in_its_exit_code(garments):
+    "On garments in CIRR's layout, which have no published counts: what counts is the pictures."
+    words = ("--dataset", "cirr", "--root", garments / "cirr", "--split", "val")
     healthy = command(*words)
-    assert healthy.returncode == 0 and "6 images checked: 0 missing, 0 unreadable" in healthy.stdout
-    (tmp_path / "img_raw" / "dev" / "dev-4-0-img0.png").unlink()
-    sick = command(*words)
-    assert sick.returncode == 1 and "missing: dev-4-0-img0" in sick.stdout
-    lost = command("--dataset", "cirr", "--root", tmp_path / "nowhere")
+    assert healthy.returncode == 0 and "90 images checked: 0 missing, 0 unreadable" in healthy.stdout
+    lost = command("--dataset", "cirr", "--root", garments / "nowhere")
     assert lost.returncode != 0 and "nowhere" in lost.stdout + lost.stderr and "Traceback" not in lost.stderr
+
+
+# ---- counts
+
+@pytest.mark.parametrize("name, load, splits", [("fashioniq", load_fashioniq, ["train", "val", "test"]), ("cirr", load_cirr, ["val", "test1"])])
+def test_the_real_annotation_files_hold_what_was_published(annotations, name, load, splits):
+    for split in splits:
+        told, wrong = count_report(load(annotations(name), split))
+        assert told.endswith(", as published") and not wrong
+    assert "dress 2,017 triplets and 3,817 images" in count_report(load_fashioniq(annotations("fashioniq"), "val"))[0]
+
+
+def test_circo_without_its_pictures_has_its_queries_and_not_its_gallery(annotations):
+    for split in ("val", "test"):
+        [sentence] = count_report(load_circo(annotations("circo"), split))[1]
+        assert "images instead of 123,403" in sentence and "COCO 2017 unlabeled" in sentence
+
+
+@pytest.mark.parametrize("lose", ["a triplet", "an image"])
+def test_a_real_file_that_was_cut_short_is_noticed(annotations, tmp_path, lose):
+    "One entry less is still valid JSON, and nothing else would notice it."
+    for folder in ("captions", "image_splits"): shutil.copytree(annotations("fashioniq") / folder, tmp_path / folder)
+    path = tmp_path / ("captions/cap.shirt.val.json" if lose == "a triplet" else "image_splits/split.shirt.val.json")
+    entries = json.loads(path.read_text())
+    used = {row[side] for row in json.loads((tmp_path / "captions/cap.shirt.val.json").read_text()) for side in ("candidate", "target")}
+    entries.remove(entries[-1] if lose == "a triplet" else next(name for name in entries if name not in used))
+    write_json(path, entries)
+    told, wrong = count_report(load_fashioniq(tmp_path, "val"))
+    expected = "shirt has 2,037 triplets instead of 2,038" if lose == "a triplet" else "shirt has 6,345 images instead of 6,346"
+    assert len(wrong) == 1 and wrong[0].startswith(expected) and "as published" not in told
+
+
+def test_counts_and_pictures_are_reported_together(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PUBLISHED, "cirr", {"val": {"all": (1, 6)}, "test1": {"all": (4, 6)}})
+    for split in ("val", "test1"): cirr(tmp_path, split)
+    for i in range(6): picture(tmp_path / "img_raw" / "dev" / f"dev-{i}-0-img0.png")
+    words = ["verify", "--dataset", "cirr", "--root", str(tmp_path), "--split"]
+    assert main([*words, "val"]) == 0
+    assert "cirr val: all 1 triplets and 6 images, as published" in capsys.readouterr().out
+    assert main([*words, "test1"]) == 1
+    told = capsys.readouterr().out
+    assert "cirr test1: all has 1 triplets instead of 4" in told and "0 missing, 0 unreadable" in told
+    (tmp_path / "img_raw" / "dev" / "dev-4-0-img0.png").unlink()
+    (tmp_path / "img_raw" / "dev" / "dev-5-0-img0.png").write_bytes(b"")
+    assert main([*words, "train", "val"]) == 1
+    told = capsys.readouterr().out
+    assert "cap.rc2.train.json" in told or "split.rc2.train.json is missing" in told
+    assert "missing: dev-4-0-img0" in told and "dev-5-0-img0.png is not a readable picture" in told
 
 
 # ---- sixteen bits

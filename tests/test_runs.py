@@ -44,6 +44,7 @@ def test_an_absent_data_set_is_replaced_by_a_sample_that_says_so(home, tmp_path,
     assert (record["dataset"], record["data"]) == (dataset, "sample") and expected <= set(record["metrics"])
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["dataset"] == dataset and config["epochs"] == 1
+    assert record["selection"] == {"select_on": "val", "measure": "mean", "epoch": 1, "value": pytest.approx(record["metrics"]["mean"])}
     shown = (tmp_path / "out.ipynb").read_text()
     assert f"data/{dataset} is not there" in shown and "GARMENTS SAMPLE, NOT THE REAL DATA" in shown
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"metrics.jsonl", "model.safetensors", "contact_sheet.png"}

@@ -81,11 +81,13 @@ def query_text(self: Method, triplet: Triplet) -> str:
 Method.query_text = query_text
 
 # %% ../../nbs/methods/00_base.ipynb #6a5b6843
-def parameter_groups(method: Method, learning_rate: float, weight_decay: float, fast: float = 10.0) -> list[dict]:
-    "AdamW groups: decayed matrices, undecayed vectors, and scalars learning `fast` times faster."
-    groups = {"matrix": [], "vector": [], "scalar": []}
-    for parameter in method.parameters():
-        if parameter.requires_grad: groups[("scalar", "vector")[parameter.ndim] if parameter.ndim < 2 else "matrix"].append(parameter)
-    rates = {"matrix": (1.0, weight_decay), "vector": (1.0, 0.0), "scalar": (fast, 0.0)}
+def parameter_groups(method: Method, learning_rate: float, weight_decay: float, fast: float = 10.0, head: float = 1.0) -> list[dict]:
+    "AdamW groups: decayed matrices, undecayed vectors, scalars learning `fast` times faster; what is not the encoder's learns `head` times faster."
+    rates = {"matrix": (1.0, weight_decay), "vector": (1.0, 0.0), "scalar": (fast, 0.0), "own matrix": (head, weight_decay), "own vector": (head, 0.0)}
+    groups = {kind: [] for kind in rates}
+    for name, parameter in method.named_parameters():
+        kind = ("scalar", "vector", "matrix")[min(parameter.ndim, 2)]
+        own = head != 1.0 and kind != "scalar" and not name.startswith("encoder.")
+        if parameter.requires_grad: groups[f"own {kind}" if own else kind].append(parameter)
     return [dict(params=groups[kind], lr=learning_rate * rate, weight_decay=decay)
             for kind, (rate, decay) in rates.items() if groups[kind]]

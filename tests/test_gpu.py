@@ -1,0 +1,58 @@
+"Full-size training steps on a GPU. Without one: the same script on the small encoder, and the record if there is one."
+import json
+import math
+import statistics
+
+import pytest
+import torch
+from full_size import ROOT, TOWERS, random_encoder
+from gpu import STEPS, measure, training
+
+from dqe_cir.encoder import load_encoder
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; `python tests/gpu.py` measures one and writes data/results/gpu.json")
+
+
+def check(figures, on_gpu=True):
+    "The loss of one fixed batch falls, with and without checkpointing; checkpointing needs less memory."
+    for name in ("info_nce", "dqe_cir"):
+        for run in figures[name]:
+            losses = run["losses"]
+            assert len(losses) == STEPS and all(map(math.isfinite, losses))
+            assert losses[-1] < losses[0] and statistics.mean(losses[-5:]) < statistics.mean(losses[:5])
+        plain, again = figures[name]
+        assert (plain["checkpointing"], again["checkpointing"]) == (False, True)
+        if on_gpu: assert again["peak_memory_GiB"] < plain["peak_memory_GiB"] and plain["precision"] in ("bfloat16", "float16")
+
+
+@needs_gpu
+@pytest.mark.parametrize("tower", TOWERS)
+def test_full_size_model_learns_on_a_gpu(tower): check(measure(lambda: random_encoder(tower), "cuda"))
+
+
+def test_record():
+    path = ROOT / "data" / "results" / "gpu.json"
+    if not path.exists(): pytest.skip("not run: data/results/gpu.json is written by `python tests/gpu.py` on a machine with a GPU")
+    record = json.loads(path.read_text())
+    assert record["command"] == "python tests/gpu.py" and record["device"] and {"torch", "commit", "time"} <= set(record["environment"])
+    for tower in TOWERS: check(record["towers"][tower])
+
+
+def small(): return load_encoder("mini", device="cpu")
+
+
+def test_the_script_itself_on_the_small_encoder():
+    figures = measure(small, "cpu", count=4)
+    check(figures, on_gpu=False)
+    assert figures["info_nce"][0]["losses"] == figures["info_nce"][1]["losses"]  # checkpointing changes nothing
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_steps_learn(precision, monkeypatch):
+    "What a GPU does under autocast, on a CPU: the loss falls, and float16 goes through the loss scale."
+    monkeypatch.setattr("gpu.STEPS", 10)
+    run = training(small, "dqe_cir", torch.device("cpu"), 4, checkpointing=False, precision=precision)
+    exact = training(small, "dqe_cir", torch.device("cpu"), 4, checkpointing=False)
+    assert run["precision"] == precision and run["losses"] != exact["losses"]
+    assert statistics.mean(run["losses"][5:]) < statistics.mean(run["losses"][:5])
+    assert run["losses"][0] == pytest.approx(exact["losses"][0], rel=0.05)
