@@ -339,6 +339,7 @@ def oracle(dataset: CIRDataset, seed: int = 0) -> list[GalleryScores]:
 def reference_points(encoder, dataset: CIRDataset, tokens, untrained: Method | None = None) -> dict[str, dict[str, float]]:
     "Metrics of the untrained retrievers, and of the oracle where the right answers are known."
     kinds = {"image only": ImageOnly(encoder), "text only": TextOnly(encoder), "late fusion": LateFusion(encoder)}
+    if not hasattr(encoder, "encode_text"): kinds = {}  # images and texts that were never trained together
     if untrained is not None: kinds["joint, untrained"] = untrained
     points = {name: evaluate(kind, dataset, tokens).metrics for name, kind in kinds.items()}
     if dataset.attributes: points["oracle"] = evaluate_scores(dataset, oracle(dataset)).metrics

@@ -85,6 +85,7 @@ class TrainConfig(PairOptions):
     "Every parameter of a training run; None means: take it from the preset."
     dataset: str = "garments"  # garments, fashioniq or cirr
     method: str = "dqe_cir"  # a name in METHODS
+    form: str = "shared"  # shared: on BLIP-2 tokens, all alike; native: on the backbone the system was published with
     encoder: str = "mini"  # mini, a hub id or a local folder
     seed: int = 0
     epochs: int | None = None
@@ -113,7 +114,7 @@ def train_config(values: dict) -> TrainConfig:
     "The resolved `TrainConfig` of a dict of parameters; unknown names and impossible values raise `ValueError`."
     config = checked(TrainConfig, values)
     garments = config.dataset == "garments"
-    choices = {"dataset": ("garments", "fashioniq", "cirr"), "method": tuple(METHODS), "size": ("full", "smoke"), "precision": tuple(DTYPES),
+    choices = {"dataset": ("garments", "fashioniq", "cirr"), "method": tuple(METHODS), "form": ("shared", "native"), "size": ("full", "smoke"), "precision": tuple(DTYPES),
                "evaluate_on": ("val", "dev") if garments else ("val",), "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "attribute_mode": MODES,
                "attribute_negatives": ("shared", "own") if garments else ("shared",), "soft_labels": ("even", "target"),
                "annotators": ("even", "uneven") if garments else ("even",), "select_on": ("last", "val", "train_holdout")}
@@ -284,7 +285,7 @@ def open_run(config: TrainConfig, temporary: bool = False) -> Run:
     if temporary: return Run(config, Path(tempfile.mkdtemp(prefix="dqe-cir-")))
     home = (checkout() or Path.cwd()) / "runs"
     for number in range(1, 10_000):
-        folder = home / (f"{config.dataset}-{config.method}-seed{config.seed}" + (f"-{number}" if number > 1 else ""))
+        folder = home / (f"{config.dataset}-{config.method}{'-native' * (config.form == 'native')}-seed{config.seed}" + (f"-{number}" if number > 1 else ""))
         if not folder.exists(): return Run(config, folder)
 
 # %% ../nbs/10_trainer.ipynb #e0df55ea
@@ -349,13 +350,15 @@ def build_method(config: TrainConfig) -> Method:
     device = resolve_device(config.device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(generator(config.seed, "initial weights").initial_seed())
-        method = METHODS[config.method].from_config(load_encoder(config.encoder, device=str(device)), config).to(device)
+        form = config.form == "native" and METHODS[config.method].native or METHODS[config.method]
+        method = form.from_config(form.load_encoder(config.encoder, device=str(device)), config).to(device)
     if config.checkpointing: checkpoint_layers(method.encoder)
     return method
 
 # %% ../nbs/10_trainer.ipynb #4ba5bb74
 def checkpoint_layers(encoder: Blip2Encoder) -> None:
     "Recompute each Q-Former layer in the backward pass instead of keeping what it computed."
+    if not hasattr(encoder, "qformer"): raise ValueError("checkpointing is for the Q-Former, which a native form does not have: use accumulate")
     for layer in encoder.qformer.encoder.layer:
         layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, partial(checkpoint, use_reentrant=False)
 

@@ -101,6 +101,8 @@ def test_gradients_are_finite_even_without_wrong_columns(group, seed):
 
 # ---- reference values and gradients
 
+COMPARED = set()  # names that `check` met
+
 @pytest.fixture(scope="module")
 def reference(golden):
     arrays, values = np.load(golden("losses.npz")), json.loads(golden("losses.json").read_text())["values"]
@@ -109,6 +111,7 @@ def reference(golden):
 
 def check(reference, name, compute, atol=1e-5):
     "Value and gradients of every input, for per-query losses (B,) computed from the stored inputs."
+    COMPARED.add(name)
     stored, expected = reference(name)
     inputs = {key.removeprefix("in/"): value.clone().requires_grad_() for key, value in stored.items() if key.startswith("in/")}
     loss = compute(**inputs).mean()
@@ -202,3 +205,9 @@ def test_bi_blip4cir_combiner(golden, reference, data, backward):
 def test_mgur_augmenter(golden):
     arrays = {key.rpartition("/")[2]: torch.from_numpy(value) for key, value in np.load(golden("losses.npz")).items() if key.startswith("mgur_augmenter/")}
     assert_close(blurred(arrays["features"], arrays["alpha_sample"], arrays["beta_sample"]), arrays["augmented"], rtol=1e-5, atol=1e-5)
+
+
+def test_every_stored_loss_was_compared(golden, request):
+    "Runs last: no name of the reference file is left out by the tests above."
+    if request.config.option.keyword or any("::" in name for name in request.config.args): pytest.skip("only a part of this file was asked for")
+    assert COMPARED == set(json.loads(golden("losses.json").read_text())["values"])

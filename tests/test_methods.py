@@ -13,7 +13,9 @@ from dqe_cir.encoder import Blip2Encoder
 from dqe_cir.methods import METHODS
 from dqe_cir.methods.base import Batch
 from dqe_cir.methods.check import check_method
+from dqe_cir.mining import NegativePool
 from dqe_cir.parts import read_text
+from dqe_cir.trainer import TrainingSet, train_config
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -92,6 +94,24 @@ def test_sprc_passes_losses_and_gradients(golden):
     compare_gradients(method, expected["grad_norm_of_unweighted_total"])
 
 
+def test_sprc_takes_the_steps_of_its_program(golden):
+    "Five steps of AdamW with the program's settings; it learns the temperature itself, not its logarithm."
+    encoder, prompts, arrays, expected = reference_encoder(golden, "sprc_eva_vit")
+    method = type("AsPublished", (METHODS["sprc"],), {"temperature": property(lambda self: self.temp)})(encoder).eval()
+    method.prompts.data.copy_(prompts[0])
+    method.temp = torch.nn.Parameter(torch.tensor(encoder.temperature))
+    batch = Batch(encoder.image_tokens(arrays["reference_pixels"]), ["?"] * 5, encoder.image_tokens(arrays["target_pixels"]), torch.arange(5))
+    trained = [parameter for name, parameter in method.named_parameters() if parameter.requires_grad and name != "log_temperature"]
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.98), eps=1e-7, weight_decay=0.05), []
+    for _ in range(5):
+        loss = sum(term.mean() for term in method.losses(batch).values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    np.testing.assert_allclose(losses, expected["loss_over_5_adamw_steps_lr1e-4_betas.9_.98_eps1e-7_wd.05_eval_mode"], rtol=1e-4)
+
+
 def test_qure_passes_loss_and_gradients(golden):
     encoder, _, arrays, expected = reference_encoder(golden, "qure_eva_vit")
     method = METHODS["qure"](encoder).eval()
@@ -103,3 +123,13 @@ def test_qure_passes_loss_and_gradients(golden):
     assert loss.item() == pytest.approx(expected["kl_loss"], rel=1e-4)
     loss.backward()
     compare_gradients(method, expected["grad_norm"])
+
+
+@pytest.mark.parametrize("dataset, key", [("fashioniq", "fashionIQ (30 epochs, negative_definition_epoch_num 6, warmup)"), ("cirr", "cirr (50 epochs, 6, warmup)")])
+def test_qure_mines_when_its_program_does(golden, dataset, key):
+    "The preset's epochs; `refresh_left=0` also mines for the last two of CIRR, which by default is left out."
+    config = train_config({"dataset": dataset, "method": "qure", "encoder": "a full-size one", "refresh_left": 0})
+    data, pool = TrainingSet.__new__(TrainingSet), NegativePool.__new__(NegativePool)
+    data.negatives, pool.warmup, pool.every = pool, config.warmup_epochs, config.refresh_every
+    epochs = [epoch for epoch in range(config.epochs) if data.refresh_due(epoch, config)]
+    assert epochs == json.loads(golden("blip2_parity.json").read_text())["qure_refresh_epochs"][key]

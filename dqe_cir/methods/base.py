@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Triplet, caption_text, clean_caption, random_captions
-from ..encoder import Blip2Encoder
+from ..encoder import Blip2Encoder, load_encoder
 from ..retrieval import similarity
 
 # %% ../../nbs/methods/00_base.ipynb #a025c7df
@@ -38,6 +38,8 @@ class Method(nn.Module):
     uses_negatives = False  # wants one explicit negative per query
     negatives = "trns"  # the sampler of these negatives, by its name in the trainer, where a run names none
     reduce = "max"  # how an image's T embeddings answer a query
+    load_encoder = staticmethod(load_encoder)  # what reads the encoder of a name
+    native: "type[Method] | None" = None  # the same system on the backbone it was published with, where that is not BLIP-2
 
     def __init__(self, encoder: Blip2Encoder):
         super().__init__()

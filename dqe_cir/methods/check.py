@@ -23,8 +23,9 @@ TEXTS = ["is red", "is blue and longer", "has short sleeves", "is striped", "has
 
 def toy_batch(encoder, count: int = 8, negatives: int = 0, progress: float = 0.0, seed: int = 0) -> Batch:
     "The first `count` of eight triplets; each negative is another row's target."
-    size = (encoder.image_size // encoder.config.vision_config.patch_size) ** 2 + 1, encoder.ln_vision.weight.shape[0]
-    images = torch.randn(16, 1, size[1], generator=generator(seed, "centres")) + 0.5 * torch.randn(16, *size, generator=generator(seed, "noise"))
+    size = encoder.token_shape
+    centre = (1, size[1]) if len(size) == 2 else (size[0], 1, 1)  # of all tokens of an image, or a colour where pixels are the tokens
+    images = torch.randn(16, *centre, generator=generator(seed, "centres")) + 0.5 * torch.randn(16, *size, generator=generator(seed, "noise"))
     negative = torch.stack([images[8:].roll(k + 1, 0) for k in range(negatives)], 1)[:count] if negatives else None
     return Batch(images[:count], TEXTS[:count], images[8:8 + count], torch.arange(count), negative, progress).to(encoder.device)
 
@@ -113,7 +114,7 @@ def check_method(method_class: type[Method], encoder: str = "mini", **options) -
     config = train_config({"encoder": encoder, "device": "cpu", **options})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        build = lambda: method_class.from_config(load_encoder(encoder, device="cpu"), config).eval()
+        build = lambda: method_class.from_config(method_class.load_encoder(encoder, device="cpu"), config).eval()
         method = build()
         for check in (check_shapes, check_ranking): check(method)
         moved, name = check_losses(method), method_class.__name__
