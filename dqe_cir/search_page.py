@@ -352,7 +352,7 @@ def listen(self: SearchPage) -> None:
     watch(self.example, self.pick_example)
     watch(self.name, lambda name: name and self.pick(name))
     watch(self.file, lambda files: [self.pick_upload(file["name"], bytes(file["content"])) for file in files])
-    self.text.on_submit(self.guarded(lambda _: self.ask()))  # Enter
+    self.text.on_msg(self.guarded(lambda _, message, __: message.get("event") == "submit" and self.ask()))  # Enter
     watch(self.mode, self.pick_mode)
     for slider in self.sliders: watch(slider, lambda _: self.regate(tuple(slider.value for slider in self.sliders)))
     click(self.button, self.ask)

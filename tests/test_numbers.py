@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dqe_cir.leaderboard import leaderboard_table
+from dqe_cir.methods import METHODS
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "data" / "results"
 
@@ -37,6 +40,16 @@ def test_readme_figures_have_records(system, names, cells, pattern):
         stated = re.match(r"([\d.]+)(?: ± ([\d.]+))?$", cell)
         assert float(stated[1]) == round(mean, 1), (system, name, mean)
         if stated[2]: assert float(stated[2]) == round((sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5, 1), (system, name)
+
+
+def test_the_leaderboard_of_the_readme_is_the_record():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| method | mAP |"))
+    shown = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2:start + 2 + len(METHODS)]]
+    table, _ = leaderboard_table(json.loads((RESULTS / "leaderboard.json").read_text()))
+    columns = ("mAP", "R@10", "R@50", "top-1 valid", "difference", "rate", "s per epoch")
+    assert shown == [[name, *(row[column] or "–" for column in columns)] for name, row in table.items()]
+    assert {row[0] for row in shown} == set(METHODS)
 
 
 def test_every_record_says_what_it_is():
