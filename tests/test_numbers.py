@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dqe_cir.ablation import paired, values_of
 from dqe_cir.leaderboard import leaderboard_table
 from dqe_cir.methods import METHODS
 
@@ -50,6 +51,18 @@ def test_the_leaderboard_of_the_readme_is_the_record():
     columns = ("mAP", "R@10", "R@50", "top-1 valid", "difference", "rate", "s per epoch")
     assert shown == [[name, *(row[column] or "–" for column in columns)] for name, row in table.items()]
     assert {row[0] for row in shown} == set(METHODS)
+
+
+def test_the_evidence_in_the_readme_is_the_record():
+    text, runs = (ROOT / "README.md").read_text(), json.loads((RESULTS / "evidence.json").read_text())["runs"]
+    for one, other in (("trns", "random"), ("trns", "qure"), ("trns", "hardest"), ("dqe_cir", "info_nce"), ("dqe_cir", "info_nce_longer")):
+        mean, half, seeds = paired(runs, one, other)
+        assert seeds == 5 and abs(mean) > half and f"{mean:+.1f} ± {half:.1f}" in text, (one, other, mean, half)
+    for one, other in (("without_attribute_weights", "dqe_cir"), ("without_margins", "dqe_cir"), ("info_nce_and_dqe", "info_nce")):
+        mean, half, _ = paired(runs, one, other)
+        assert abs(mean) <= half, (one, other)
+    hardest = list(values_of(runs, "hardest", "false negatives").values())
+    assert f"{sum(hardest) / 5:.0f} % are in truth right answers" in text
 
 
 def test_every_record_says_what_it_is():
