@@ -9,7 +9,7 @@ __all__ = ['FIELDS', 'STATUSES', 'CATEGORIES', 'ZERO_SHOT', 'PICTURES', 'ON_DISK
            'not_run']
 
 # %% ../nbs/20_tables.ipynb #2bf42245
-import csv, json, re
+import collections, csv, json, re
 from pathlib import Path
 
 from .ablation import summary_table
@@ -102,10 +102,11 @@ def described(condition: str, parameters: dict) -> dict:
 ZERO_SHOT = {"circo": "cirr", "hp_fashioniq": "fashioniq"}  # have no training split: the set to train on
 
 def latest(runs: list[dict], method: str, dataset: str, split: str = "val") -> list[dict]:
-    "All runs of a method, trained (if it can be) and tested on a data set, from its latest record; empty if there is none."
+    "All runs of a method, trained (if it can be) and tested on a data set, from its latest record, of three seeds or more if there is one; empty if there is none."
     own = [run for run in runs if run["condition"] == run["method"] == method and run["dataset"] == dataset and (run["trained_on"] == dataset or dataset in ZERO_SHOT)
            and run["split"] == split and run["annotators"] == "even"]
-    newest = max(own, key=lambda run: (run["time"], run["record"]), default=None)
+    count = collections.Counter(run["record"] for run in own)
+    newest = max(own, key=lambda run: (count[run["record"]] > 2, run["time"], run["record"]), default=None)
     return [run for run in own if run["record"] == newest["record"]]
 
 # %% ../nbs/20_tables.ipynb #e380e2bf

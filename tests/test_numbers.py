@@ -65,6 +65,16 @@ def test_the_evidence_in_the_readme_is_the_record():
     assert f"{sum(hardest) / 5:.0f} % are in truth right answers" in text
 
 
+def test_what_make_train_ends_at():
+    record = json.loads((RESULTS / "garments-dqe_cir-seed0.json").read_text())
+    found = record["metrics"]
+    assert f"mAP {found['mAP']:.1f} and R@10 {found['R@10']:.1f} (seed 0, two threads" in (ROOT / "README.md").read_text()
+    assert record["method"] == "dqe_cir" and found["mAP"] >= 55 and found["R@10"] >= 70
+    runs = json.loads((RESULTS / "leaderboard.json").read_text())["runs"]
+    one = next(run["metrics"] for run in runs if run["condition"] == "dqe_cir" and run["seed"] == 0)
+    assert f"ends at {one['mAP']:.1f} and {one['R@10']:.1f}" in (ROOT / "README.md").read_text()
+
+
 def test_every_record_says_what_it_is():
     for record in records("garments-*.json"):
         assert {"dataset", "data", "split", "protocol", "method", "encoder", "seed", "metrics", "environment"} <= set(record)

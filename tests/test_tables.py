@@ -135,6 +135,13 @@ def test_the_latest_record_is_shown_and_the_others_are_kept(tmp_path):
     assert {r["record"] for r in latest(runs, "sprc", "garments")} == {"a_new.json"} and len(runs) == 8
 
 
+def test_a_single_run_does_not_stand_for_a_system():
+    runs, _ = read_runs()
+    own = [r for r in runs if r["condition"] == r["method"] == "dqe_cir" and r["split"] == "val"]
+    newest = max(own, key=lambda r: r["time"])["record"]
+    assert sum(r["record"] == newest for r in own) < 3 <= len(latest(runs, "dqe_cir", "garments"))
+
+
 def test_zero_shot_transfer_counts_on_circo_only(tmp_path):
     "A CIRR model tested on FashionIQ is not FashionIQ's row; CIRCO has no training split, so there it is."
     runs, _ = folder(tmp_path, one=run(trained_on="cirr"), two=run(dataset="circo", trained_on="cirr"), three=run(dataset="circo", trained_on="fashioniq", split="test"))
