@@ -24,25 +24,25 @@ def in_batch_candidates(target: Tensor | None, size: int, device: torch.device) 
 
 # %% ../nbs/06_losses.ipynb #de37b77b
 def soft_share(candidates: Tensor, likeness: Tensor | None) -> Tensor:
-    "(B,B), rows sum to 1: evenly over the candidates, or 1/C for the diagonal and the rest by the softmax of `likeness`."
+    "(B,C), rows sum to 1: evenly over the candidates, or, for C = B, their number's share for the diagonal and the rest by the softmax of `likeness`."
     even = candidates / candidates.sum(1, keepdim=True)
-    others = candidates & ~torch.eye(len(candidates), dtype=torch.bool, device=candidates.device)
     if likeness is None: return even
+    others = candidates & ~torch.eye(len(candidates), dtype=torch.bool, device=candidates.device)
     rest = likeness.detach().float().masked_fill(~others, -torch.inf).softmax(1).masked_fill(~others, 0)
     return torch.where(others, rest * (1 - even.diagonal()).unsqueeze(1), even * ~others)
 
 # %% ../nbs/06_losses.ipynb #4edb8551
 def info_nce(
-    scores: Tensor,  # (B,B), already scaled; row i belongs to column i
+    scores: Tensor,  # (B,B+M), already scaled; row i belongs to column i, M further columns are wrong answers; -inf there: left out
     target: Tensor | None = None,  # (B,) ids of the targets; equal ids are not taken for wrong answers
     label_smoothing: float = 0.0,  # share of the label that is spread over the candidates, 0 <= share < 1
-    likeness: Tensor | None = None,  # (B,B) how like row i's target candidate j's is; None spreads the share evenly
+    likeness: Tensor | None = None,  # (B,B) how like row i's target candidate j's is, for M = 0; None spreads the share evenly
 ) -> Tensor:  # (B,), at least float32
     "In-batch cross-entropy of every query, duplicates of its target left out."
-    if scores.dim() != 2 or scores.shape[0] != scores.shape[1] or len(scores) == 0:
-        raise ValueError(f"scores must be (B,B) with B > 0, not {tuple(scores.shape)}")
+    if scores.dim() != 2 or scores.shape[0] > scores.shape[1] or len(scores) == 0:
+        raise ValueError(f"scores must be (B,B) with B > 0, or have further columns, not {tuple(scores.shape)}")
     if not 0 <= label_smoothing < 1: raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
-    candidates = in_batch_candidates(target, len(scores), scores.device)
+    candidates = torch.cat([in_batch_candidates(target, len(scores), scores.device), scores[:, len(scores):] != -torch.inf], 1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     log_p = scores.masked_fill(~candidates, -torch.inf).log_softmax(1)
     spread = (log_p.masked_fill(~candidates, 0) * soft_share(candidates, likeness).to(log_p.dtype)).sum(1)

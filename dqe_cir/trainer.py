@@ -77,6 +77,7 @@ class PairOptions:
     ranking_weight: float = 0.5
     attribute_weight: float = 0.25
     contrastive_weight: float = 0.0
+    mined_columns: bool = False  # the contrastive term also pushes from every mined negative of the batch
     attribute_negatives: str = "shared"  # negative of the attribute margins: shared, or own (garments only: it needs labels)
 
 # %% ../nbs/10_trainer.ipynb #ab6de894
