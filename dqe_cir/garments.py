@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['CATEGORIES', 'ATTRIBUTES', 'SHAPE_ATTRIBUTES', 'WIDTHS', 'TOPS', 'BOTTOMS', 'FLARES', 'RGB', 'LIGHTNESS', 'SHADES',
            'SAID', 'COMPARED', 'ABSENT', 'COMPARED_SHARE', 'ABSENT_SHARE', 'NOUNS', 'OPENINGS', 'COMPARATIVES',
-           'NEVER_DRIFTS', 'SIZES', 'HELD_OUT_SHARE', 'HELD_OUT_IN_VAL', 'MENTION_COUNTS', 'DRIFT_SHARE', 'VERSION',
-           'Garment', 'Pose', 'body_outline', 'sleeve_outlines', 'is_light', 'faded', 'cloth_colour', 'pattern_mask',
-           'draw_neckline', 'draw_details', 'background', 'camera', 'woven', 'draw_garment', 'trim_colours', 'Mention',
-           'darker_or_lighter', 'named_colour', 'possible_mentions', 'mention_of', 'sentence', 'two_captions',
-           'caption_of', 'caption_corpus', 'allowed_values', 'is_relevant', 'codes', 'relevant_rows', 'combinations',
-           'sample_images', 'Query', 'differing_targets', 'sample_queries', 'mentions_between', 'right_answers',
-           'World', 'make_world', 'write_fashioniq', 'cirr_names', 'similar_group', 'group_query', 'cirr_queries',
-           'write_cirr', 'render', 'render_all', 'fingerprint', 'the_truth', 'build', 'link', 'make_garments',
-           'abandoned']
+           'NEVER_DRIFTS', 'SIZES', 'HELD_OUT_SHARE', 'HELD_OUT_IN_VAL', 'MENTION_COUNTS', 'DRIFT_SHARE', 'OPENING',
+           'VERSION', 'Garment', 'Pose', 'body_outline', 'sleeve_outlines', 'is_light', 'faded', 'cloth_colour',
+           'pattern_mask', 'draw_neckline', 'draw_details', 'background', 'camera', 'woven', 'draw_garment',
+           'trim_colours', 'Mention', 'darker_or_lighter', 'named_colour', 'possible_mentions', 'mention_of',
+           'sentence', 'two_captions', 'caption_of', 'caption_corpus', 'allowed_values', 'is_relevant', 'codes',
+           'relevant_rows', 'combinations', 'sample_images', 'Query', 'differing_targets', 'sample_queries',
+           'mentions_between', 'right_answers', 'said_of', 'phrases_in', 'read_request', 'World', 'make_world',
+           'write_fashioniq', 'cirr_names', 'similar_group', 'group_query', 'cirr_queries', 'write_cirr', 'render',
+           'render_all', 'fingerprint', 'the_truth', 'build', 'link', 'make_garments', 'abandoned']
 
 # %% ../nbs/01_garments.ipynb #481325bc
-import colorsys, hashlib, math, os, shutil, tempfile, zlib
+import colorsys, hashlib, math, os, re, shutil, tempfile, zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -440,6 +440,35 @@ def right_answers(query: Query, images: dict[str, Garment], table: np.ndarray) -
     "All ids that answer a query among images of one category, the reference excepted."
     rows = relevant_rows(table, list(query.mentions), images[query.reference])
     return [name for name, right in zip(images, rows) if right and name != query.reference]
+
+# %% ../nbs/01_garments.ipynb #cc7ab099
+def said_of(reference: Garment) -> dict[str, Mention]:
+    "Every phrase that can be said of a garment, with and without its verb, and what it asks for."
+    ways = [mention for name, values in ATTRIBUTES.items() for target in values for mention in possible_mentions(name, getattr(reference, name), target).values()]
+    ways += [Mention(name, frozenset(ATTRIBUTES[name]) - {value}, phrases) for (name, value), phrases in ABSENT.items()]
+    whole = {phrase: mention for mention in ways if mention.allowed for phrase in mention.phrases}
+    return {phrase.split(" ", 1)[1]: mention for phrase, mention in whole.items() if phrase.startswith(("is ", "has "))} | whole
+
+# %% ../nbs/01_garments.ipynb #b5e4f45b
+OPENING = re.compile(r"(?:it|i want one that|(?:the|this) (?:" + "|".join(noun for nouns in NOUNS.values() for noun in nouns) + r"))\s")
+
+def phrases_in(text: str, said: dict[str, Mention]) -> list[Mention] | None:
+    "The mentions whose phrases make up a text in lower case, or None."
+    text = OPENING.sub("", text, count=1) if OPENING.match(text) else text
+    for phrase in sorted((phrase for phrase in said if text.startswith(phrase)), key=len, reverse=True):
+        rest = text[len(phrase):]
+        if not rest: return [said[phrase]]
+        for joiner in (" and ", " with "):
+            if rest.startswith(joiner) and (others := phrases_in(rest[len(joiner):], said)): return [said[phrase], *others]
+    return None
+
+# %% ../nbs/01_garments.ipynb #42a0659e
+def read_request(text: str, reference: Garment) -> list[Mention] | None:
+    "What a text asks for, one mention per attribute; None where the grammar does not know all of it, or it contradicts itself."
+    plain = re.sub(r"\s+", " ", re.sub(r"\s*,\s*(?:(?:and|with) )?", " and ", re.sub(r"[.!?]", " ", text.lower()).replace(" than the other one", ""))).strip()
+    mentions, allowed = phrases_in(plain, said_of(reference)), {}
+    for mention in mentions or (): allowed[mention.attribute] = allowed.get(mention.attribute, mention.allowed) & mention.allowed
+    return [Mention(name, values, ()) for name, values in allowed.items()] if mentions and all(allowed.values()) else None
 
 # %% ../nbs/01_garments.ipynb #b58d854e
 @dataclass

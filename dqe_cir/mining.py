@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOL', 'BLOCK', 'DELTA_GRID', 'VALUES', 'candidate_ids', 'same_pictures', 'valid_candidates', 'Laps', 'refresh',
            'delta_counts', 'block_report', 'summed_up', 'pool_shares', 'method_report', 'NegativePool', 'differing',
-           'false_negatives', 'overlap']
+           'false_negatives', 'overlap', 'lessons']
 
 # %% ../nbs/13_mining.ipynb #54b9bc1c
 import hashlib, time
@@ -205,3 +205,14 @@ def overlap(old: Tensor, new: Tensor) -> float:
     "Mean Jaccard overlap of the pools (Q,POOL) of two refreshes."
     sets = [({i for i in a if i >= 0}, {i for i in b if i >= 0}) for a, b in zip(old.tolist(), new.tolist())]
     return round(sum(len(a & b) / max(1, len(a | b)) for a, b in sets) / len(sets), 4)
+
+# %% ../nbs/13_mining.ipynb #e430d78d
+def lessons(self: NegativePool, until: int, most: int = 8) -> list[dict]:
+    "Per training query what it was taught last: reference, captions, target, and up to `most` negatives drawn since the last refresh and before epoch `until`."
+    taught = []
+    for row, triplet in enumerate(self.dataset.triplets if self.pools is not None else []):
+        turns = min(most, int((self.pools[row] >= 0).sum()), (until - self.since) * self.count)  # within one round: no repetition
+        taught.append(dict(reference=triplet.reference, captions=list(triplet.captions), target=triplet.target, negatives=[self.one(row, turn) for turn in range(turns)]))
+    return taught
+
+NegativePool.lessons = lessons

@@ -481,12 +481,13 @@ def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int |
             due = evaluate and (last or (config.evaluate_every and (epoch + 1) % config.evaluate_every == 0))
             run.log("epoch", epoch=epoch + 1, loss=terms, metrics=evaluate(method.eval()) if due else None, false_negatives=data.false_negatives(epoch))
             keep_checkpoint(run, method, stepper, epoch + 1, data.negatives)
-    if until is None or until >= config.epochs: finish(run, method)
+    if until is None or until >= config.epochs: finish(run, method, data.negatives)
     return run.events
 
 # %% ../nbs/10_trainer.ipynb #8700ebdf
-def finish(run: Run, method: Method) -> None:
-    "Write the selected weights, leave them in the method, and drop the files that were for resuming."
+def finish(run: Run, method: Method, negatives: NegativePool | None = None) -> None:
+    "Write what the queries were taught (`negatives.json`) and the selected weights, leave these in the method, and drop the files that were for resuming."
+    if negatives is not None and negatives.pools is not None: write_json(run.folder / "negatives.json", negatives.lessons(run.config.epochs))
     choice = load_best(run, method)
     if choice["select_on"] != "last": run.log("selection", **choice)
     save_weights(run.folder / "model.safetensors", method, method=run.config.method, encoder=run.config.encoder, epoch=str(choice["epoch"]))

@@ -323,7 +323,9 @@ def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(case, tmp_path):
         for name, value in read_weights(folder / "model.safetensors").items(): assert torch.equal(value, expected[name]), (moments[stop], name)
         assert steady(run.events) == events, moments[stop]
         assert measured(method)["mAP"] == next(event["metrics"]["mAP"] for event in events if event["kind"] == "epoch" and event["epoch"] == chosen)
-        assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "model.safetensors"}, moments[stop]
+        kept = {"negatives.json"} if "after renew" in moments else set()
+        assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "model.safetensors"} | kept, moments[stop]
+        for name in kept: assert (folder / name).read_text() == (whole.folder / name).read_text(), moments[stop]
 
 
 def test_stopped_twice_and_three_times(tmp_path):
