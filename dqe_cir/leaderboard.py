@@ -27,7 +27,7 @@ class LeaderboardConfig(StudyConfig):
     baseline: str = "info_nce"
     study: str = "runs/leaderboard"
     stage: str = "both"
-    factors: str = "0.25,0.5,1"
+    factors: str = "0.25,0.5,1,1.5"
     rates: str = ""
 
 # %% ../nbs/22_leaderboard.ipynb #9320e322

@@ -44,7 +44,7 @@ def test_every_method_gets_the_same_budget():
 
 def test_lr_moves_the_start_of_the_search():
     jobs = search_jobs(leaderboard_config({"conditions": "cosmo", "lr": 1e-3}))
-    assert [job.config.lr for job in jobs] == [2.5e-4, 5e-4, 1e-3]
+    assert [job.config.lr for job in jobs] == [2.5e-4, 5e-4, 1e-3, 1.5e-3]
     assert chosen_rates(leaderboard_config({"conditions": "cosmo", "lr": 1e-3, "rates": "preset"})) == {"cosmo": 1e-3}
 
 
