@@ -75,11 +75,12 @@ DQECIR.losses = losses
 # %% ../../nbs/methods/80_dqe_cir.ipynb #84c0fc4a
 def contrastive(self: DQECIR, query: Tensor, target: Tensor, batch: Batch, negative: Tensor | None = None) -> Tensor:
     "InfoNCE (B,) over the batch's targets and, where given, its negatives (B,K,T,D)."
-    scores = self.score(query, target)
+    scores = self.score(query, target) / self.temperature
     if negative is not None:
         shown = (batch.target[:, None, 0] == batch.negative.flatten(0, 1)[None, :, 0]).all(-1)  # the same picture, by its first token
-        scores = torch.cat([scores, self.score(query, negative.flatten(0, 1)).masked_fill(shown, -torch.inf)], 1)
-    return info_nce(scores / self.temperature, batch.group, self.label_smoothing)
+        further = self.score(query, negative.flatten(0, 1)) / self.temperature
+        scores = torch.cat([scores, further.masked_fill(shown, -torch.inf)], 1)  # after the division: infinity has no gradient by the temperature
+    return info_nce(scores, batch.group, self.label_smoothing)
 
 DQECIR.contrastive = contrastive
 
