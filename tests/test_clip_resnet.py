@@ -119,5 +119,4 @@ def test_equals_open_clip_at_the_size_of_rn50x4():
     for ours, other in zip(outputs(clip_resnet(state), ids, pictures(9, 1)), theirs):
         assert ours.shape[1] == 640
         error = (ours - other).norm(dim=1) / other.norm(dim=1)
-        print(error)
         assert error.max() < 1e-5
