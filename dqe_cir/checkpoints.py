@@ -6,8 +6,9 @@
 __all__ = ['EPS', 'POSITIONS', 'PATCHES', 'BLOCKS', 'LAYERS', 'WORDS', 'HEAD_WIDTH', 'QFORMER_NAMES', 'TOWER_NAMES', 'UNUSED',
            'SUFFIXES', 'TOWERS', 'ClipBlip2Config', 'ClipBlip2', 'tower_kind', 'shape_of', 'numbers', 'vision_sizes',
            'qformer_sizes', 'temperature', 'lavis_config', 'usual_heads', 'lavis_names', 'library_tensor', 'listed',
-           'library_weights', 'blank_model', 'lavis_model', 'check_model', 'look_at', 'read_tensors', 'with_tower',
-           'read_checkpoint', 'check_tokenizer', 'find_tokenizer', 'convert', 'verify', 'load_model', 'main']
+           'matched', 'library_weights', 'blank_model', 'lavis_model', 'check_model', 'look_at', 'read_tensors',
+           'with_tower', 'read_checkpoint', 'check_tokenizer', 'find_tokenizer', 'convert', 'verify', 'load_model',
+           'main']
 
 # %% ../nbs/14_checkpoints.ipynb #abb5e6c4
 import argparse, json, math, os, pickle, re, shutil, zipfile
@@ -159,18 +160,22 @@ def listed(names) -> str:
     return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
 
 # %% ../nbs/14_checkpoints.ipynb #83e5ff2c
-def library_weights(state: dict[str, Tensor], model: nn.Module, kind: str) -> dict[str, Tensor]:
-    "The model's state dict from LAVIS' tensors; missing, surplus or misshapen ones raise `DataError` with LAVIS' names."
-    sources = {name: lavis_names(name, kind) for name in model.state_dict()}
+def matched(state: dict[str, Tensor], model: nn.Module, sources: dict[str, tuple[str, ...]], unread: re.Pattern = UNUSED) -> dict[str, Tensor]:
+    "The model's state dict from tensors of other names, its `sources`; missing, surplus or misshapen ones raise `DataError` with those names."
     needed = {source for names in sources.values() for source in names}
-    missing, surplus = needed - set(state), {name for name in set(state) - needed - {"temp"} if not UNUSED.match(name)}
+    missing, surplus = needed - set(state), {name for name in set(state) - needed if not unread.match(name)}
     if missing: raise DataError(f"missing tensors: {listed(missing)}; the checkpoint is incomplete or of another model")
     if surplus: raise DataError(f"surplus tensors: {listed(surplus)}; the checkpoint is of another model")
-    weights = {name: library_tensor(name, [state[source] for source in names]) for name, names in sources.items()}
-    for name, expected in model.state_dict().items():
-        if weights[name].shape != expected.shape:
-            raise DataError(f"{' and '.join(sources[name])}: shape {tuple(weights[name].shape)} where the other tensors call for {tuple(expected.shape)}")
+    weights, expected = {name: library_tensor(name, [state[source] for source in names]) for name, names in sources.items()}, model.state_dict()
+    for name, weight in weights.items():
+        if weight.shape != expected[name].shape:
+            raise DataError(f"{' and '.join(sources[name])}: shape {tuple(weight.shape)} where the other tensors call for {tuple(expected[name].shape)}")
     return weights
+
+# %% ../nbs/14_checkpoints.ipynb #7a2d451a
+def library_weights(state: dict[str, Tensor], model: nn.Module, kind: str) -> dict[str, Tensor]:
+    "The model's state dict from LAVIS' tensors, of which `temp` is no weight."
+    return matched({name: value for name, value in state.items() if name != "temp"}, model, {name: lavis_names(name, kind) for name in model.state_dict()})
 
 # %% ../nbs/14_checkpoints.ipynb #09219ace
 def blank_model(config: Blip2Config) -> Blip2ForImageTextRetrieval:
@@ -203,7 +208,7 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 
 def look_at(path: Path) -> None:
     "`DataError` for a file that is absent, empty, a Git LFS pointer or a web page."
-    if not path.is_file(): raise DataError(f"{path} does not exist: give the path of a LAVIS checkpoint ({', '.join(SUFFIXES)})")
+    if not path.is_file(): raise DataError(f"{path} does not exist: give the path of a checkpoint ({', '.join(SUFFIXES)})")
     with path.open("rb") as file: start = file.read(64)
     if not start: raise DataError(f"{path} is empty: download it again")
     if start.startswith(b"version https://git-lfs"): raise DataError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'NativeEncoder', 'tokenize', 'pretrained', 'random_model', 'tokenizer_of',
-           'ClipEncoder', 'image_vector', 'text_vector', 'encode_target', 'encode_text', 'load_clip', 'BlipEncoder',
-           'train', 'image_tokens', 'fused_vector', 'load_blip', 'squash', 'crop_sides', 'random_crops', 'Words',
-           'learn', 'LSTMReader', 'forward', 'RobertaReader', 'ResNetEncoder', 'image_map', 'load_resnet']
+           'ClipEncoder', 'image_vector', 'text_vector', 'encode_target', 'encode_text', 'ClipResNetEncoder',
+           'small_clip', 'load_clip', 'BlipEncoder', 'train', 'image_tokens', 'fused_vector', 'load_blip', 'squash',
+           'crop_sides', 'random_crops', 'Words', 'learn', 'LSTMReader', 'forward', 'RobertaReader', 'ResNetEncoder',
+           'image_map', 'load_resnet']
 
 # %% ../nbs/18_native.ipynb #d8c2795d
 import math
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (AutoTokenizer, BlipConfig, BlipForImageTextRetrieval, CLIPConfig, CLIPModel,
-                          PreTrainedConfig, ResNetConfig, ResNetModel, RobertaConfig, RobertaModel)
+from transformers import (AutoTokenizer, BlipConfig, BlipForImageTextRetrieval, CLIPModel, CLIPTextConfig, PreTrainedConfig,
+                          ResNetConfig, ResNetModel, RobertaConfig, RobertaModel)
 
+from .clip_resnet import ClipResNet, load_clip_resnet
 from .core import DataError, resolve_device
 from .data import CLIP_MEAN, CLIP_STD, as_rgb, normalise, target_pad
 from .encoder import MINI, fingerprint
@@ -78,7 +80,7 @@ def tokenizer_of(name: str): return AutoTokenizer.from_pretrained(str(MINI) if n
 
 # %% ../nbs/18_native.ipynb #54824c44
 class ClipEncoder(NativeEncoder):
-    "CLIP with both towers trained, never in training mode."
+    "CLIP with a vision transformer; both towers are trained, never in training mode."
 
     def __init__(self, model: CLIPModel, tokenizer):
         super().__init__(model.config.vision_config.image_size, tokenizer, model.config.text_config.max_position_embeddings)
@@ -107,15 +109,39 @@ def encode_text(self: ClipEncoder, input_ids: Tensor, attention_mask: Tensor) ->
 
 ClipEncoder.encode_target, ClipEncoder.encode_text = encode_target, encode_text
 
+# %% ../nbs/18_native.ipynb #f2f77ec9
+class ClipResNetEncoder(ClipEncoder):
+    "CLIP with the ResNet that CLIP4Cir was published with."
+
+    def __init__(self, model: ClipResNet, tokenizer):
+        NativeEncoder.__init__(self, model.visual.image_size, tokenizer, model.text.config.max_position_embeddings)
+        self.model = model
+        self.train(False)
+
+    @property
+    def text_projection(self) -> nn.Linear: return self.model.text.text_projection
+
+    def image_vector(self, pixels: Tensor) -> Tensor: return self.model.visual(pixels)  # (B,D)
+
+    def text_vector(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        "Words (B,L) to vectors (B,D) of any length."
+        return self.model.text(input_ids=input_ids, attention_mask=attention_mask).text_embeds
+
+# %% ../nbs/18_native.ipynb #ddf822ef
+def small_clip() -> ClipResNetEncoder:
+    "A random small CLIP with a ResNet, and the vocabulary that ships with the repository."
+    words = tokenizer_of("mini")
+    text = CLIPTextConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1, projection_dim=64, vocab_size=len(words), max_position_embeddings=77,
+                          pad_token_id=words.pad_token_id, bos_token_id=words.cls_token_id, eos_token_id=words.sep_token_id)
+    return ClipResNetEncoder(random_model(ClipResNet, text, width=8, layers=(1, 1, 1, 1), image_size=64), words)
+
 # %% ../nbs/18_native.ipynb #09a1aebe
 def load_clip(name: str = "mini", device: str = "auto") -> ClipEncoder:
-    "The CLIP of a hub id or local folder, or a random small one."
-    words = tokenizer_of(name)
-    if name != "mini": return ClipEncoder(pretrained(CLIPModel, name), words).to(resolve_device(device))
-    layers = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    model = random_model(CLIPModel, CLIPConfig(projection_dim=64, vision_config=layers | dict(image_size=64, patch_size=16), text_config=layers | dict(
-        vocab_size=len(words), max_position_embeddings=77, pad_token_id=words.pad_token_id, bos_token_id=words.cls_token_id, eos_token_id=words.sep_token_id)))
-    return ClipEncoder(model, words).to(resolve_device(device))
+    "The CLIP of a hub id, a local folder or a checkpoint file, with a ResNet or a vision transformer; `mini`: a random small ResNet."
+    if name == "mini": encoder = small_clip()
+    elif found := load_clip_resnet(name): encoder = ClipResNetEncoder(*found)
+    else: encoder = ClipEncoder(pretrained(CLIPModel, name), tokenizer_of(name))
+    return encoder.to(resolve_device(device))
 
 # %% ../nbs/18_native.ipynb #de989f73
 class BlipEncoder(NativeEncoder):
