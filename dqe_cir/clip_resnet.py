@@ -21,7 +21,11 @@ from .checkpoints import SUFFIXES, TOWER_NAMES, matched, numbers, read_tensors, 
 from .core import DataError
 
 # %% ../nbs/18_clip_resnet.ipynb #560c57e3
-def conv(into: int, out: int, size: int = 1, stride: int = 1) -> nn.Conv2d: return nn.Conv2d(into, out, size, stride, size // 2, bias=False)
+def conv(into: int, out: int, size: int = 1, stride: int = 1) -> nn.Conv2d:
+    "Maps (B,into,h,w) to (B,out,h/stride,w/stride)."
+    layer = nn.Conv2d(into, out, size, stride, size // 2, bias=False)
+    nn.init.kaiming_normal_(layer.weight)
+    return layer
 
 # %% ../nbs/18_clip_resnet.ipynb #5314f622
 class Bottleneck(nn.Module):

@@ -120,3 +120,115 @@ def test_equals_open_clip_at_the_size_of_rn50x4():
         assert ours.shape[1] == 640
         error = (ours - other).norm(dim=1) / other.norm(dim=1)
         assert error.max() < 1e-5
+
+
+# ---- plain twins
+
+@pytest.mark.parametrize("side, width", [(1, 64), (2, 128), (3, 192)])
+def test_the_pool_is_torchs_attention(side, width):
+    "Queries, keys and values of torch's own multi-head attention, asked for every place, of which the first is read."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(side)
+        pool, layer = AttentionPool(side, width, 10), nn.MultiheadAttention(width, width // 64, batch_first=True)
+    with torch.no_grad():
+        layer.in_proj_weight.copy_(torch.cat([pool.q_proj.weight, pool.k_proj.weight, pool.v_proj.weight]))
+        layer.in_proj_bias.copy_(torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]))
+        layer.out_proj.weight.copy_(torch.eye(width)); layer.out_proj.bias.zero_()
+        maps = torch.randn(3, width, side, side, generator=generator(side)) * 3
+        places = torch.stack([maps.mean((2, 3)), *(maps[:, :, y, x] for y in range(side) for x in range(side))], 1) + pool.positional_embedding
+        assert_close(pool(maps), pool.c_proj(layer(places, places, places)[0][:, 0]), rtol=1e-4, atol=1e-5)
+
+
+def twin_tower(state, pixels):
+    "The tower from the names of its tensors alone, batch norm written out."
+    def convolve(maps, name, after, stride=1):
+        weight, norm = state[f"visual.{name}.weight"], [state[f"visual.{after}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")]
+        maps = F.conv2d(maps, weight, stride=stride, padding=weight.shape[-1] // 2)
+        return (maps - norm[0]) / (norm[1] + 1e-5).sqrt() * norm[2] + norm[3]
+    def halve(maps): return (maps[..., ::2, ::2] + maps[..., 1::2, ::2] + maps[..., ::2, 1::2] + maps[..., 1::2, 1::2]) / 4
+    maps = convolve(pixels, "conv1", "bn1", stride=2).relu()
+    maps = halve(convolve(convolve(maps, "conv2", "bn2").relu(), "conv3", "bn3").relu())
+    for stage in (1, 2, 3, 4):
+        for block in range(sum(f"visual.layer{stage}.{number}.conv1.weight" in state for number in range(20))):
+            stem, halves = f"layer{stage}.{block}.", stage > 1 and block == 0
+            inner = convolve(convolve(maps, stem + "conv1", stem + "bn1").relu(), stem + "conv2", stem + "bn2").relu()
+            inner = convolve(halve(inner) if halves else inner, stem + "conv3", stem + "bn3")
+            if block == 0: maps = convolve(halve(maps) if halves else maps, stem + "downsample.0", stem + "downsample.1")
+            maps = (maps + inner).relu()
+    return maps
+
+
+@pytest.mark.parametrize("layers", [(1, 1, 1, 1), (2, 1, 3, 2)])
+def test_the_tower_is_its_twin(layers):
+    state = random_state(**SMALL | dict(layers=layers, side=3))
+    model = clip_resnet(state)
+    assert image_sizes(state) == dict(width=8, layers=layers, image_size=96)
+    with torch.no_grad(): assert_close(model.visual(pictures(3)), model.visual.attnpool(twin_tower(state, pictures(3))), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 6), st.sampled_from([1, 2]))
+def test_a_block_keeps_or_halves(width, side, stride):
+    block = Bottleneck(4, width, stride).eval()
+    assert block(torch.ones(1, 4, 2 * side, 2 * side)).shape == (1, 4 * width, 2 * side // stride, 2 * side // stride)
+
+
+# ---- files, through the run's own door
+
+def write_folder(folder, state, **about):
+    "The hub's layout, with `timm`'s config.json beside it."
+    folder.mkdir()
+    save_file({name: value.half() if value.is_floating_point() else value for name, value in state.items()}, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 8, "vision_cfg": {"image_size": 64, "layers": [1, 2, 1, 1], "width": 8} | about, "quick_gelu": True}}))
+    (folder / "config.json").write_text(json.dumps({"architecture": "resnet50x4_clip", "pretrained_cfg": {"tag": "openai"}}))
+    letters = {f"{letter}{end}": 26 * i + ord(letter) - 97 for i, end in enumerate(("", "</w>")) for letter in "abcdefghijklmnopqrstuvwx"[:24]}
+    vocabulary = {word: i for i, word in enumerate(sorted(letters))}
+    CLIPTokenizer(vocab=vocabulary | {"<|startoftext|>": 48, "<|endoftext|>": 49}, merges=[]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory): return write_folder(tmp_path_factory.mktemp("hub") / "rn", random_state(**SMALL))
+
+
+def test_a_run_names_a_folder(folder):
+    encoder = load_clip(str(folder), device="cpu")
+    assert type(encoder) is ClipResNetEncoder and encoder.token_shape == (3, 64, 64) and encoder.text_projection.out_features == 8
+    assert {value.dtype for value in encoder.parameters()} == {torch.float32} and not encoder.train().training
+    ids, mask = encoder.tokenize(["ab", "a b c d e f g h i j k l m"])
+    assert ids[0, 0] == 48 and ids[0, 3] == 49 and mask.sum(1).tolist() == [4, 12] and ids[1, -1] == 49  # cut to twelve, with its mark
+    with torch.no_grad(): assert_close(encoder.text_vector(ids, mask)[0], encoder.text_vector(*encoder.tokenize(["ab"]))[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+def test_a_run_names_a_file(folder, suffix):
+    state, file = random_state(**SMALL), folder / f"tuned{suffix}"
+    if suffix == ".safetensors": save_file(state, file)
+    else: torch.save({"epoch": 7, "CLIP": state}, file)
+    encoder = load_clip(str(file), device="cpu")
+    assert_close(encoder.model.visual.attnpool.k_proj.weight, state["visual.attnpool.k_proj.weight"], rtol=0, atol=0)
+    assert_close(encoder.text_projection.weight, state["text_projection"].T, rtol=0, atol=0)
+
+
+class Surprise:
+    "What a pickle must not bring to life."
+
+
+def test_wrong_files_are_refused(folder, tmp_path):
+    state = random_state(**SMALL)
+    torch.save({"CLIP": state, "arguments": Surprise()}, tmp_path / "code.pt")
+    torch.save([1.0], tmp_path / "list.pt")
+    torch.save({"CLIP": {name: value for name, value in state.items() if name != "visual.layer2.1.bn3.bias"}}, tmp_path / "less.pt")
+    torch.save({"CLIP": state | {"visual.class_embedding": torch.zeros(8)}}, tmp_path / "more.pt")
+    torch.save({"CLIP": state | {"ln_final.weight": torch.zeros(65)}}, tmp_path / "wide.pt")
+    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
+    for name, message in {"code": "more than tensors", "list": "is not a CLIP with a ResNet: .* among list", "less": r"missing tensors: 1 \(visual.layer2.1.bn3.bias\)",
+                          "more": r"surplus tensors: 1 \(visual.class_embedding\)", "wide": r"ln_final.weight: shape \(65,\)", "pointer": "Git LFS pointer", "absent": "does not exist"}.items():
+        with pytest.raises(DataError, match=message): load_clip(str(tmp_path / f"{name}.pt"), device="cpu")
+    with pytest.raises(DataError, match="could not be loaded"): load_clip(str(tmp_path / "nothing"), device="cpu")
+
+
+def test_a_file_alone_asks_the_hub_for_words(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    torch.save({"CLIP": random_state(**SMALL)}, tmp_path / "tuned.pt")
+    with pytest.raises(DataError, match="tokenizer.* timm/resnet50x4_clip.openai"): load_clip_resnet(str(tmp_path / "tuned.pt"))

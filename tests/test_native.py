@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers import CLIPConfig, CLIPModel
 
 from dqe_cir import native
 from dqe_cir.core import DataError, generator
@@ -19,7 +20,7 @@ from dqe_cir.encoder import cache_tokens
 from dqe_cir.evaluator import evaluate, reference_points
 from dqe_cir.methods import METHODS
 from dqe_cir.methods.check import check_method, toy_batch
-from dqe_cir.native import ClipEncoder, Words, load_blip, load_clip, load_resnet, random_crops, squash
+from dqe_cir.native import Words, load_blip, load_clip, load_resnet, random_crops, squash
 from dqe_cir.trainer import SMOKE, build_method, fit, load_run, open_run, train_config, training_set
 
 NATIVE = [name for name, method in METHODS.items() if method.native]
@@ -90,7 +91,7 @@ def folders(tmp_path_factory):
     "Small models as `save_pretrained` writes them, with weights that are not those of `mini`."
     home = tmp_path_factory.mktemp("models")
     reader = load_resnet(device="cpu", reads="roberta").reader
-    models = {"clip": load_clip(device="cpu").model, "resnet": load_resnet(device="cpu").image_tower, "roberta": reader.model,
+    models = {"clip": native.random_model(CLIPModel, clip_config(len(reader.tokenizer), reader.tokenizer.sep_token_id)), "resnet": load_resnet(device="cpu").image_tower, "roberta": reader.model,
               "blip": native.BlipForImageTextRetrieval(native.random_model(native.BlipForImageTextRetrieval, blip_config()).config)}
     for name, model in models.items():
         with torch.no_grad():
@@ -98,6 +99,11 @@ def folders(tmp_path_factory):
         model.save_pretrained(home / name)
         if name != "resnet": reader.tokenizer.save_pretrained(home / name)
     return home, models
+
+
+def clip_config(words, end):
+    layers = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    return CLIPConfig(projection_dim=24, vision_config=layers | dict(image_size=48, patch_size=16), text_config=layers | dict(vocab_size=words, eos_token_id=end))
 
 
 def blip_config():
