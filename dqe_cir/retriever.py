@@ -7,8 +7,8 @@ __all__ = ['PICTURES', 'SHIPPED', 'LICENCES', 'recognised', 'picture_files', 'co
            'model_folder', 'Result', 'Retriever', 'IndexReport', 'compared', 'encode_pictures', 'encode_files',
            'Pictures', 'pictures_of', 'content_keys', 'index', 'adopt', 'model_key', 'write_index', 'digest_of',
            'read_index', 'DrawnOnDemand', 'garments_at_once', 'gate_shares', 'gated', 'opened', 'tokens_of', 'ask',
-           'search', 'Explanation', 'explain', 'licence_notes', 'training_command', 'model_card', 'metric_lines',
-           'save', 'export', 'main']
+           'search', 'Explanation', 'explain', 'lessons', 'nearest_lessons', 'taught_picture', 'licence_notes',
+           'training_command', 'model_card', 'metric_lines', 'save', 'export', 'main']
 
 # %% ../nbs/17_retriever.ipynb #da09ae95
 import argparse, hashlib, json, os, sys, tempfile, warnings
@@ -30,6 +30,7 @@ from .core import DataError, checkout, data_folder, write_json
 from .data import CIRDataset, Triplet, load_garments, open_image, target_pad
 from .encoder import MINI
 from .garments import Garment, fingerprint, make_world, render, the_truth, write_fashioniq
+from .lessons import ROWS, VECTORS, Lesson, Lessons, lessons_of_run, read_lessons, write_lessons
 from .trainer import load_run, train_config, trained_state
 
 # %% ../nbs/17_retriever.ipynb #a39aa864
@@ -103,7 +104,7 @@ class Retriever:
         self.method, self.config, self.name, self.record = method.eval(), config, name, record or {}
         self.files, self.keys, self.unreadable, self.source, self.root = {}, [], {}, "", None  # id to file; content keys in the same order
         self.embeddings = torch.empty(0)  # (N,T,D)
-        self.seen, self.asked = {}, {}  # reference tokens; composed queries
+        self.seen, self.asked, self.folder = {}, {}, None  # reference tokens; composed queries; where it was loaded from
 
     @classmethod
     def load(cls, source: str | Path = "", device: str = "auto") -> "Retriever":
@@ -112,6 +113,7 @@ class Retriever:
         method, config = load_run(folder, device)
         record = json.loads((folder / "results.json").read_text()) if (folder / "results.json").exists() else {}
         retriever = cls(method, config, "the shipped model" if folder == SHIPPED else folder.name, record)
+        retriever.folder = folder
         if (folder / "index.json").exists(): retriever.read_index(folder)
         return retriever
 
@@ -428,6 +430,28 @@ def explain(self: Retriever, reference, text: str, result: str, gate="learned") 
 
 Retriever.explain = explain
 
+# %% ../nbs/17_retriever.ipynb #62497bbd
+@cached_property
+def lessons(self: Retriever) -> Lessons | None:
+    "What the model was taught; None where it kept nothing."
+    return None if self.folder is None else read_lessons(self.folder) or lessons_of_run(self.folder, self.method, self.config)
+
+def nearest_lessons(self: Retriever, reference, text: str, gate="learned", count: int = 1) -> list[Lesson]:
+    "The training queries nearest to a question, nearest first; none where nothing was kept."
+    if self.lessons is None: return []
+    return self.lessons.nearest(gated(self.ask(reference, text), gate)[0], count)
+
+lessons.__set_name__(Retriever, "lessons")
+Retriever.lessons, Retriever.nearest_lessons = lessons, nearest_lessons
+
+# %% ../nbs/17_retriever.ipynb #fd582201
+def taught_picture(self: Retriever, name: str) -> Image.Image:
+    "A training picture of a model that was trained on garments."
+    if self.config.dataset != "garments": raise ValueError(f"pictures of {self.config.dataset}'s training set are not kept with the model")
+    return open_image(DrawnOnDemand([name], f"garments-{self.config.size}-{fingerprint(self.config.size, 0)}")[name])
+
+Retriever.taught_picture = taught_picture
+
 # %% ../nbs/17_retriever.ipynb #b42c8e9c
 LICENCES = {
     "garments": "The garments are drawn by this repository and have its licence, Apache-2.0.",
@@ -472,16 +496,18 @@ def metric_lines(record: dict) -> list[str]:
 
 # %% ../nbs/17_retriever.ipynb #353fe054
 def save(self: Retriever, folder: Path | str) -> Path:
-    "Write the model, its parameters, record, card and index into a folder that `load` reads."
+    "Write the model, its parameters, record, card, index and lessons into a folder that `load` reads."
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists(): raise ValueError(f"{folder} holds other things: choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
+    lessons = self.lessons  # before its files go
     save_file(trained_state(self.method), folder / "model.tmp", metadata={"method": self.config.method, "encoder": self.config.encoder})
     os.replace(folder / "model.tmp", folder / "model.safetensors")
     write_json(folder / "config.json", asdict(replace(self.config, run_dir="", data_root="", device="auto")))
     if self.record: write_json(folder / "results.json", self.record)
-    for name in ("index.json", "index.safetensors"): (folder / name).unlink(missing_ok=True)
+    for name in ("index.json", "index.safetensors", ROWS, VECTORS): (folder / name).unlink(missing_ok=True)
     if len(self): self.write_index(folder)
+    if lessons: write_lessons(lessons, folder)
     (folder / "README.md").write_text(model_card(self), encoding="utf-8")
     return folder
 

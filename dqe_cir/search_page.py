@@ -9,7 +9,7 @@ __all__ = ['OWN', 'SIDE', 'CELLS', 'STYLE', 'BLANK', 'SearchConfig', 'somebody_l
            'readable_name', 'Cell', 'SearchPage', 'make_controls', 'arranged', 'say', 'guarded', 'working', 'listen',
            'short_path', 'open_named', 'pick_gallery', 'pick', 'pick_example', 'pick_upload', 'pick_another', 'ask',
            'use', 'go_back', 'pick_mode', 'regate', 'show', 'marks_in_words', 'show_shares', 'history_table',
-           'map_strip', 'contribution_figure', 'shown_figure', 'explain', 'clear_why', 'example_session']
+           'map_strip', 'contribution_figure', 'shown_figure', 'explain', 'tell_lesson', 'clear_why', 'example_session']
 
 # %% ../nbs/23_search_page.ipynb #6bbbd1ec
 import hashlib, io, json, os, textwrap, time
@@ -24,6 +24,7 @@ from .attention import as_seen, gate_figure, overlay
 from .core import DataError, checkout, data_folder, smoke, write_json
 from .data import CIRDataset, Triplet, as_rgb, caption_text, clean_caption, load_dataset
 from .garments import ATTRIBUTES, Garment, is_relevant, read_request
+from .lessons import lesson_strip
 from .retriever import SHIPPED, Explanation, Result, Retriever, garments_at_once, gate_shares
 from .show import FRAMES, framed, verdict
 
@@ -325,7 +326,8 @@ def make_controls(self: SearchPage) -> None:
     self.sliders = [w.FloatSlider(value=0, min=0, max=1, step=0.01, description=part, disabled=True, readout_format=".2f", style=dict(description_width="76px"), layout=L(width="214px"))
                     for part in self.retriever.parts]
     self.undo_button, self.save_button = w.Button(description="Undo", layout=L(width="80px"), disabled=True), w.Button(description="Save history", layout=L(width="110px"), disabled=True)
-    self.history, self.why_text, self.why_image, self.why_figure = w.HTML(layout=L(**wide)), w.HTML(layout=L(**wide)), w.Image(value=png(BLANK), format="png", layout=L(height="130px")), w.Output(layout=L(height="260px", **wide))
+    self.history, self.why_text, self.why_image, self.why_figure = w.HTML(layout=L(**wide)), w.HTML(layout=L(**wide)), w.Image(value=png(BLANK), format="png", layout=L(height="130px")), w.Output(layout=L(height="210px", **wide))
+    self.lesson_text, self.lesson_image = w.HTML(layout=L(**wide)), w.Image(value=png(BLANK), format="png", layout=L(height="100px", object_position="left"))
 
 SearchPage.make_controls = make_controls
 
@@ -336,7 +338,7 @@ def arranged(self: SearchPage) -> w.VBox:
     question = w.VBox([w.HBox([self.name, self.another, self.file]), self.example, w.HBox([self.text, self.button]), gate], layout=w.Layout(width="670px"))
     asked = w.HBox([w.VBox([self.reference, self.caption], layout=w.Layout(width=f"{SIDE + 14}px")), question], layout=w.Layout(height=f"{SIDE + 46}px"))
     grid = w.VBox([w.HBox([cell.box for cell in self.cells[start:start + 5]]) for start in range(0, CELLS, 5)], layout=w.Layout(height=f"{2 * (SIDE + 80)}px"))
-    why = w.VBox([self.why_text, self.why_image, self.why_figure], layout=w.Layout(height="460px", border="1px solid #ddd", padding="6px"))
+    why = w.VBox([self.why_text, self.why_image, self.why_figure, self.lesson_text, self.lesson_image], layout=w.Layout(height="560px", border="1px solid #ddd", padding="6px"))
     past = w.VBox([w.HBox([self.undo_button, self.save_button]), self.history])
     page = w.VBox([w.HTML(STYLE), w.HBox([self.gallery, self.folder]), self.status, self.bar, asked, grid, why, past], layout=w.Layout(width="860px"))
     page.add_class("dqe-page")
@@ -551,17 +553,32 @@ def explain(self: SearchPage, name: str) -> None:
     step = self.session.step
     result = next(result for result in step.results if result.id == name)
     reference = self.session.uploads.get(step.reference, step.reference)
+    self.tell_lesson(reference, step)
     why = self.retriever.explain(reference, step.text, name, step.gate)
     spoken = ", ".join(part for part, said in why.spoken.items() if said) or "no attribute it has a word list for"
     self.why_text.value = f"<b>Why {readable_name(name)}?</b> The text speaks of {spoken}."
     self.why_image.value = png(map_strip(self.session.picture(step.reference), why, self.retriever.method.encoder.image_size))
     self.why_figure.outputs = [shown_figure(contribution_figure(why, result))]
 
+# %% ../nbs/23_search_page.ipynb #cf04e5ba
+def tell_lesson(self: SearchPage, reference, step: Step) -> None:
+    "The training query nearest to the question, its target, and what it was taught to push away."
+    found = self.retriever.nearest_lessons(reference, step.text, step.gate)
+    if not found:
+        self.lesson_text.value = f"No training negatives are kept with this model ({self.retriever.config.method}): nothing to show of what it was taught."
+        return
+    lesson = found[0]
+    self.lesson_text.value = f"<b>Nearest training query</b> (cosine {lesson.likeness:.2f}): “{escape(lesson.text)}” → {readable_name(lesson.target)}; pushed away: {', '.join(map(readable_name, lesson.negatives)) or 'nothing'}"
+    if self.retriever.config.dataset == "garments": self.lesson_image.value = png(lesson_strip(lesson, self.retriever.taught_picture))
+
+SearchPage.tell_lesson = tell_lesson
+
 # %% ../nbs/23_search_page.ipynb #7dd5d89f
 def clear_why(self: SearchPage) -> None:
-    self.why_text.value = "<b>Why?</b> Press the button under a result: its gate, what it owes to each part, and where each attribute looked."
+    self.why_text.value = "<b>Why?</b> Press the button under a result: its gate, what it owes to each part, where each attribute looked, and what the model was taught near this question."
     self.why_image.value = png(Image.new("RGB", (8, 8), "white"))
     self.why_figure.outputs = []
+    self.lesson_text.value, self.lesson_image.value = "", png(Image.new("RGB", (8, 8), "white"))
 
 SearchPage.explain, SearchPage.clear_why = explain, clear_why
 
