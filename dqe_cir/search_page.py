@@ -9,7 +9,8 @@ __all__ = ['OWN', 'SIDE', 'CELLS', 'STYLE', 'BLANK', 'SearchConfig', 'somebody_l
            'readable_name', 'Cell', 'SearchPage', 'make_controls', 'arranged', 'say', 'guarded', 'working', 'listen',
            'short_path', 'open_named', 'pick_gallery', 'pick', 'pick_example', 'pick_upload', 'pick_another', 'ask',
            'use', 'go_back', 'pick_mode', 'regate', 'show', 'marks_in_words', 'show_shares', 'history_table',
-           'map_strip', 'contribution_figure', 'shown_figure', 'explain', 'tell_lesson', 'clear_why', 'example_session']
+           'map_strip', 'contribution_figure', 'shown_figure', 'explain', 'tell_lesson', 'clear_why', 'show_reasons',
+           'example_session']
 
 # %% ../nbs/23_search_page.ipynb #6bbbd1ec
 import hashlib, io, json, os, textwrap, time
@@ -63,7 +64,7 @@ class Session:
 
     def __init__(self, retriever: Retriever, dataset: CIRDataset | None = None, k: int = 10):
         self.retriever, self.dataset, self.k = retriever, dataset, k
-        self.steps, self.gate, self.uploads = [], "learned", {}
+        self.steps, self.gate, self.uploads, self.shown = [], "learned", {}, {}  # uploads as the encoder gets them, and as they are shown
         self.reference = self.examples(1)[0].reference if dataset else next(iter(retriever.files), "")
 
     @property
@@ -76,7 +77,7 @@ class Session:
 
     def picture(self, name: str, side: int = 256) -> Image.Image:
         "A picture of the gallery or an uploaded one, about `side` pixels large."
-        return self.uploads[name] if name in self.uploads else thumbnail(self.retriever.files[name], side)
+        return self.shown[name] if name in self.shown else thumbnail(self.retriever.files[name], side)
 
 # %% ../nbs/23_search_page.ipynb #e045c7b0
 def on_white(picture: Image.Image) -> Image.Image:
@@ -105,7 +106,7 @@ def upload(self: Session, name: str, content: bytes) -> None:
     "Ask about a picture that is not in the gallery."
     if not content: raise DataError(f"{name} is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(content)) as picture: self.uploads[f"upload: {name}"] = as_rgb(picture)
+        with Image.open(io.BytesIO(content)) as picture: self.uploads[f"upload: {name}"], self.shown[f"upload: {name}"] = as_rgb(picture), on_white(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
         raise DataError(f"{name} is not a readable picture ({str(problem).split('<')[0].strip()})") from None
     self.reference = f"upload: {name}"
@@ -299,13 +300,13 @@ class Cell:
 class SearchPage:
     "The widgets of a session."
 
-    def __init__(self, retriever: Retriever, gallery: str = "garments", size: str = "full"):
+    def __init__(self, retriever: Retriever, size: str = "full"):
         self.retriever, self.size, self.session, self.quiet = retriever, size, None, False
         self.make_controls()
         self.cells = [Cell(self.guarded(self.use), self.guarded(self.explain)) for _ in range(CELLS)]
         self.widget = self.arranged()
         self.listen()
-        self.open(gallery)
+        self.say("no gallery is open yet")
 
 # %% ../nbs/23_search_page.ipynb #6eef5b22
 def make_controls(self: SearchPage) -> None:
@@ -326,21 +327,21 @@ def make_controls(self: SearchPage) -> None:
     self.sliders = [w.FloatSlider(value=0, min=0, max=1, step=0.01, description=part, disabled=True, readout_format=".2f", style=dict(description_width="76px"), layout=L(width="214px"))
                     for part in self.retriever.parts]
     self.undo_button, self.save_button = w.Button(description="Undo", layout=L(width="80px"), disabled=True), w.Button(description="Save history", layout=L(width="110px"), disabled=True)
-    self.history, self.why_text, self.why_image, self.why_figure = w.HTML(layout=L(**wide)), w.HTML(layout=L(**wide)), w.Image(value=png(BLANK), format="png", layout=L(height="130px")), w.Output(layout=L(height="210px", **wide))
+    self.history, self.why_text, self.why_image, self.why_figure = w.HTML(layout=L(max_height="110px", overflow="auto", **wide)), w.HTML(layout=L(**wide)), w.Image(value=png(BLANK), format="png", layout=L(height="130px")), w.Output(layout=L(height="210px", **wide))
     self.lesson_text, self.lesson_image = w.HTML(layout=L(**wide)), w.Image(value=png(BLANK), format="png", layout=L(height="100px", object_position="left"))
 
 SearchPage.make_controls = make_controls
 
 # %% ../nbs/23_search_page.ipynb #1444adb4
 def arranged(self: SearchPage) -> w.VBox:
-    "The page: gallery, status, the question, the grid, the reasons, the history."
+    "The page: gallery, status, the question, the grid, the history, the reasons."
     gate = w.VBox([w.HBox([w.HTML("Gate", layout=w.Layout(width="60px")), self.mode]), w.HBox(self.sliders)]) if self.retriever.parts else w.HTML(f"{self.retriever.config.method} has no attribute gate")
     question = w.VBox([w.HBox([self.name, self.another, self.file]), self.example, w.HBox([self.text, self.button]), gate], layout=w.Layout(width="670px"))
     asked = w.HBox([w.VBox([self.reference, self.caption], layout=w.Layout(width=f"{SIDE + 14}px")), question], layout=w.Layout(height=f"{SIDE + 46}px"))
     grid = w.VBox([w.HBox([cell.box for cell in self.cells[start:start + 5]]) for start in range(0, CELLS, 5)], layout=w.Layout(height=f"{2 * (SIDE + 80)}px"))
-    why = w.VBox([self.why_text, self.why_image, self.why_figure, self.lesson_text, self.lesson_image], layout=w.Layout(height="560px", border="1px solid #ddd", padding="6px"))
+    why = w.VBox([self.why_text, self.why_image, self.why_figure, self.lesson_text, self.lesson_image], layout=w.Layout(border="1px solid #ddd", padding="6px"))
     past = w.VBox([w.HBox([self.undo_button, self.save_button]), self.history])
-    page = w.VBox([w.HTML(STYLE), w.HBox([self.gallery, self.folder]), self.status, self.bar, asked, grid, why, past], layout=w.Layout(width="860px"))
+    page = w.VBox([w.HTML(STYLE), w.HBox([self.gallery, self.folder]), self.status, self.bar, asked, grid, past, why], layout=w.Layout(width="860px"))
     page.add_class("dqe-page")
     return page
 
@@ -410,6 +411,7 @@ def open_named(self: SearchPage, name: str) -> None:
     self.example.options = [("a query of the data set …", -1)] + [(f"{t.reference}: {caption_text(t.captions)}", i) for i, t in enumerate(self.session.examples())]
     self.name.options, self.name.value, self.mode.value = self.retriever.ids[:3000], "", "learned"
     for slider in self.sliders: slider.disabled = True
+    self.bar.layout.visibility = "hidden"
     self.show()
 
 SearchPage.open = open_named
@@ -559,6 +561,7 @@ def explain(self: SearchPage, name: str) -> None:
     self.why_text.value = f"<b>Why {readable_name(name)}?</b> The text speaks of {spoken}."
     self.why_image.value = png(map_strip(self.session.picture(step.reference), why, self.retriever.method.encoder.image_size))
     self.why_figure.outputs = [shown_figure(contribution_figure(why, result))]
+    self.show_reasons(True, self.why_image, self.why_figure)
 
 # %% ../nbs/23_search_page.ipynb #cf04e5ba
 def tell_lesson(self: SearchPage, reference, step: Step) -> None:
@@ -569,18 +572,23 @@ def tell_lesson(self: SearchPage, reference, step: Step) -> None:
         return
     lesson = found[0]
     self.lesson_text.value = f"<b>Nearest training query</b> (cosine {lesson.likeness:.2f}): “{escape(lesson.text)}” → {readable_name(lesson.target)}; pushed away: {', '.join(map(readable_name, lesson.negatives)) or 'nothing'}"
-    if self.retriever.config.dataset == "garments": self.lesson_image.value = png(lesson_strip(lesson, self.retriever.taught_picture))
+    if self.retriever.config.dataset != "garments": return  # pictures of other training sets are not kept with the model
+    self.lesson_image.value = png(lesson_strip(lesson, self.retriever.taught_picture))
+    self.show_reasons(True, self.lesson_image)
 
 SearchPage.tell_lesson = tell_lesson
 
 # %% ../nbs/23_search_page.ipynb #7dd5d89f
 def clear_why(self: SearchPage) -> None:
     self.why_text.value = "<b>Why?</b> Press the button under a result: its gate, what it owes to each part, where each attribute looked, and what the model was taught near this question."
-    self.why_image.value = png(Image.new("RGB", (8, 8), "white"))
-    self.why_figure.outputs = []
-    self.lesson_text.value, self.lesson_image.value = "", png(Image.new("RGB", (8, 8), "white"))
+    self.why_figure.outputs, self.lesson_text.value = [], ""
+    self.show_reasons(False, self.why_image, self.why_figure, self.lesson_image)
 
-SearchPage.explain, SearchPage.clear_why = explain, clear_why
+def show_reasons(self: SearchPage, shown: bool, *widgets) -> None:
+    "Parts of the panel take room only while they have something to show."
+    for widget in widgets: widget.layout.display = None if shown else "none"
+
+SearchPage.explain, SearchPage.clear_why, SearchPage.show_reasons = explain, clear_why, show_reasons
 
 # %% ../nbs/23_search_page.ipynb #83f8ca83
 def example_session(session: Session) -> Session:

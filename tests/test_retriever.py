@@ -82,6 +82,7 @@ def test_a_method_without_parts_searches_too(gallery):
     with pytest.raises(ValueError, match="no attribute gate"): plain.search(gallery.gallery[0], "is red", gate="off")
     with pytest.raises(ValueError, match="no attribute parts"): plain.explain(gallery.gallery[0], "is red", gallery.gallery[1])
     page = SearchPage(plain, size="smoke")
+    page.open("garments")
     page.text.value = "is red"
     page.button.click()
     assert all(cell.id for cell in page.cells) and not page.sliders
@@ -108,6 +109,7 @@ def test_undo_goes_back_step_by_step(gallery, retriever):
 
 def test_the_page_tells_errors_in_words(folder, tmp_path, retriever):
     page = SearchPage(retriever, size="smoke")
+    page.open("garments")
     page.folder.value = str(tmp_path / "nowhere")
     assert "is not a folder" in page.status.value and 'class="bad"' in page.status.value
     (tmp_path / "bare").mkdir()
