@@ -485,7 +485,7 @@ def model_card(retriever: "Retriever") -> str:
     if made: lines += [f"| commit, time | {made.get('commit')}, {made.get('time')}; torch {made.get('torch')}, {record.get('seconds')} s |"]
     if len(retriever): lines += [f"| index | {len(retriever):,} pictures of {retriever.source if retriever.config.dataset == 'garments' else 'a gallery'} |"]
     lines += ["", "## Figures", ""] + metric_lines(record) + ["", "## Rights", ""] + [f"- {note}" for note in licence_notes(config)]
-    return "\n".join(lines + ["", "## Files", "", "`model.safetensors` holds everything that was trained, `config.json` the parameters, `results.json` the record of the run."]) + "\n"
+    return "\n".join(lines + ["", "## Files", "", "`model.safetensors` holds everything that was trained, `config.json` the parameters, `results.json` the record of the run, `lessons.*`, where it is there, what the model was taught."]) + "\n"
 
 # %% ../nbs/17_retriever.ipynb #a7dbaf14
 def metric_lines(record: dict) -> list[str]:

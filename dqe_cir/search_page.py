@@ -403,6 +403,7 @@ def open_named(self: SearchPage, name: str) -> None:
     "Open a gallery: index it if need be, and start a new session on it."
     self.say(f"opening {name} …")
     self.session, found = open_gallery(self.retriever, name, self.size, self.working)
+    self.retriever.ask(self.session.reference, "is red")  # the first question of a process wakes its libraries: not the person's
     unreadable = self.retriever.unreadable
     bad = f"; {len(unreadable)} unreadable, such as {next(iter(unreadable))}: {next(iter(unreadable.values()))}" if unreadable else ""
     figures = {name: value for name, value in self.retriever.record.get("metrics", {}).items() if name in ("mAP", "R@10")}

@@ -1,5 +1,6 @@
 "The search page as a person meets it: JupyterLab in a real browser, run all, type, click, look. `make test-browser` runs this; screenshots: .cache/browser."
 import base64
+import importlib.util
 import io
 import json
 import os
@@ -133,7 +134,7 @@ class Lab:
 def lab(server, browser):
     "nbs/search.ipynb after Run All Cells, in a window 1280 pixels wide, and high enough for the whole page."
     SHOTS.mkdir(parents=True, exist_ok=True)
-    page = browser.new_page(viewport={"width": 1280, "height": 1400})
+    page = browser.new_page(viewport={"width": 1280, "height": 1700})
     page.set_default_timeout(15_000)
     lab = Lab(page)
     lab.trouble, lab.requests = [], []
@@ -181,6 +182,7 @@ def test_a_person_searches_step_by_step(lab, expected):
     start, places = lab.reference, lab.places()
     lab.search(FIRST)
     lab.seconds["first search, in the page's words"] = lab.status
+    assert "green: a right answer" in lab.status, "the garments' grammar understands the request"
     first = lab.ids
     assert first == expected(start, FIRST) and len(first) == 10
     shown, files = [fitted(picture, 5) for picture in lab.pictures()], [fitted(Image.open(expected.files[name])) for name in first]
@@ -218,12 +220,43 @@ def test_the_gate_ranks_again_at_once(lab, expected):
 
 
 def test_a_result_tells_why(lab):
+    name, places = lab.ids[0], lab.places()
     lab.page.get_by_role("button", name="Why?").first.click()
-    name = lab.ids[0]
     lab.page.get_by_text(f"Why {name}?").wait_for()
     lab.page.locator(".js-plotly-plot .main-svg").first.wait_for()
+    lab.page.get_by_text("Nearest training query").wait_for()
     lab.page.wait_for_timeout(700)
+    assert lab.places() == places, "the panel opens below everything else"
     lab.shot("4-why")
+
+
+def test_the_history_is_saved(lab):
+    "As JSON and as a sheet, where the status line says."
+    lab.page.get_by_role("button", name="Save history").click()
+    lab.until(lambda: "saved" in lab.status, "the names of two files")
+    data, sheet = (ROOT / name for name in lab.status.removeprefix("saved ").split(" and "))
+    try:
+        steps = json.loads(data.read_text())["steps"]
+        assert [result["id"] for result in steps[-1]["results"]] == lab.ids
+        with Image.open(sheet) as picture: assert picture.height == len(steps) * 104
+    finally: data.unlink(), sheet.unlink()
+
+
+def test_a_picture_of_ones_own(lab, expected, tmp_path):
+    "Uploaded with a transparent ground: searched as the encoder sees it, shown on white."
+    with Image.open(expected.files["dress-val-0003"]) as picture: own = picture.convert("RGBA")
+    for x in range(20):
+        for y in range(own.height): own.putpixel((x, y), (0, 0, 0, 0))
+    own.save(tmp_path / "my dress.png")
+    with lab.page.expect_file_chooser() as chosen: lab.page.get_by_role("button", name="Upload").click()
+    chosen.value.set_files(tmp_path / "my dress.png")
+    lab.until(lambda: "my dress.png" in lab.reference, "the uploaded reference")
+    lab.search("is blue")
+    assert len(lab.ids) == 10 and "right answers unknown" in lab.status
+    read = "async i => { await i.decode(); const b = await (await fetch(i.src)).arrayBuffer(); return btoa(String.fromCharCode(...new Uint8Array(b))) }"
+    shown = Image.open(io.BytesIO(base64.b64decode(lab.page.locator("img.widget-image").first.evaluate(read)))).convert("RGB")
+    assert min(shown.getpixel((8, shown.height // 2))) > 250
+    lab.shot("5-upload")
 
 
 def test_what_is_wrong_is_said_in_place(lab):
@@ -247,7 +280,7 @@ def test_a_folder_of_ones_own(lab, mixed_folder):
     lab.until(lambda: len(lab.ids) == 10, "results")
     assert set(lab.ids) < good
     assert all(picture.getextrema() != ((0, 0),) * 3 for picture in lab.pictures())
-    lab.shot("5-own-folder")
+    lab.shot("6-own-folder")
 
 
 def test_the_page_fits_and_stays_at_home(lab, server):
@@ -256,3 +289,36 @@ def test_the_page_fits_and_stays_at_home(lab, server):
     assert box["x"] >= 0 and box["x"] + box["width"] <= 1280
     foreign = [url for url in lab.requests if not url.startswith((server, server.replace("http", "ws"), "blob:", "data:"))]
     assert not foreign and not lab.trouble
+
+
+def test_the_app_without_code(browser, expected, tmp_path):
+    "`make app` in a browser: refused without its token; with it the page alone, and it searches."
+    if not importlib.util.find_spec("voila"): pytest.skip("voila is not installed: make app installs it")
+    with socket.socket() as free: free.bind(("127.0.0.1", 0)); port = free.getsockname()[1]
+    notebook = nbformat.read(ROOT / "nbs" / "search.ipynb", 4)
+    next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])).source += '\nmodel = "garments"'
+    nbformat.write(notebook, tmp_path / "search.ipynb")
+    names = {name: str(tmp_path / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    environment = {name: value for name, value in os.environ.items() if name not in ("IN_TEST", "PYTEST_CURRENT_TEST")} | names | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "voila", str(tmp_path / "search.ipynb"), "--no-browser", "--Voila.ip=127.0.0.1", f"--port={port}", "--Voila.token=secret"]
+    with open(tmp_path / "log", "w") as log: process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    page = browser.new_page(viewport={"width": 1280, "height": 1200})
+    try:
+        for _ in range(240):
+            try: socket.create_connection(("127.0.0.1", port), 1).close(); break
+            except OSError: time.sleep(0.25)
+        app = Lab(page)
+        page.goto(f"http://127.0.0.1:{port}/")
+        assert app.text.count() == 0
+        page.goto(f"http://127.0.0.1:{port}/?token=secret", timeout=90_000)
+        app.text.wait_for(timeout=90_000)
+        app.until(lambda: "pictures" in app.status, "an open gallery", 60)
+        start = app.reference
+        app.text.fill(FIRST); page.wait_for_timeout(500)
+        page.get_by_role("button", name="Search", exact=True).click()
+        app.until(lambda: len(app.ids) == 10, "results")
+        assert app.ids == expected(start, FIRST) and page.locator(".jp-InputArea-editor").count() == 0
+        page.wait_for_timeout(500)
+        app.shot("7-app")
+    finally:
+        page.close(); process.terminate(); process.wait(30)

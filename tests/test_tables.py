@@ -136,10 +136,12 @@ def test_the_latest_record_is_shown_and_the_others_are_kept(tmp_path):
 
 
 def test_a_single_run_does_not_stand_for_a_system():
-    runs, _ = read_runs()
-    own = [r for r in runs if r["condition"] == r["method"] == "dqe_cir" and r["split"] == "val"]
-    newest = max(own, key=lambda r: r["time"])["record"]
-    assert sum(r["record"] == newest for r in own) < 3 <= len(latest(runs, "dqe_cir", "garments"))
+    "Nor does a study with uneven annotators, however new."
+    base = dict(condition="sprc", method="sprc", dataset="garments", trained_on="garments", split="val", annotators="even")
+    study = [base | dict(record="study.json", time="2026-01", seed=seed) for seed in range(3)]
+    newer = [base | dict(record="one.json", time="2026-02", seed=0)]
+    uneven = [base | dict(record="uneven.json", time="2026-03", seed=seed, annotators="uneven") for seed in range(3)]
+    assert latest(study + newer + uneven, "sprc", "garments") == study and latest(newer + uneven, "sprc", "garments") == newer
 
 
 def test_zero_shot_transfer_counts_on_circo_only(tmp_path):
