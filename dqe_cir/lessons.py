@@ -63,8 +63,10 @@ def lessons_of_run(folder: Path | str, method, config) -> Lessons | None:
     path = Path(folder) / TAUGHT
     if not path.exists(): return None
     told = json.loads(path.read_text())
-    try: tokens = cache_tokens(method.encoder, load_dataset(config.dataset, config.data_root or None, "train", size=config.size), progress=False)
+    try: train = load_dataset(config.dataset, config.data_root or None, "train", size=config.size)
     except DataError: return None
+    if not {lesson["reference"] for lesson in told} <= train.files.keys(): return None  # a stand-in, or other data under the name
+    tokens = cache_tokens(method.encoder, train, progress=False)
     asked = [Triplet(lesson["reference"], lesson["target"], tuple(lesson["captions"])) for lesson in told]
     taught = [(t.reference, caption_text(t.captions), t.target, tuple(lesson["negatives"])) for t, lesson in zip(asked, told)]
     return Lessons(encode_queries(method.eval(), tokens, asked).cpu(), taught)

@@ -30,7 +30,7 @@ from .core import DataError, checkout, data_folder, write_json
 from .data import CIRDataset, Triplet, load_garments, open_image, target_pad
 from .encoder import MINI
 from .garments import Garment, fingerprint, make_world, render, the_truth, write_fashioniq
-from .lessons import ROWS, VECTORS, Lesson, Lessons, lessons_of_run, read_lessons, write_lessons
+from .lessons import ROWS, TAUGHT, VECTORS, Lesson, Lessons, lessons_of_run, read_lessons, write_lessons
 from .trainer import load_run, train_config, trained_state
 
 # %% ../nbs/17_retriever.ipynb #a39aa864
@@ -531,6 +531,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as problem:
         print(problem, file=sys.stderr)
         return 1
+    if (Path(chosen.run) / TAUGHT).exists() and not (folder / ROWS).exists(): print("the training data are not at hand: exported without what the model was taught", file=sys.stderr)
     print(*(f"{path.stat().st_size:>12,}  {path.name}" for path in sorted(folder.iterdir())), sep="\n")
     return 0
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dqe_cir.core import DataError, generator
-from dqe_cir.lessons import ROWS, VECTORS, Lessons, read_lessons, write_lessons
-from dqe_cir.retriever import SHIPPED, Retriever, garments_at_once
+from dqe_cir.lessons import ROWS, TAUGHT, VECTORS, Lessons, read_lessons, write_lessons
+from dqe_cir.retriever import SHIPPED, Retriever, garments_at_once, main
+from dqe_cir.trainer import smoke_run
 
 
 @given(size=st.integers(1, 12), seed=st.integers(0, 99), count=st.integers(1, 15))
@@ -60,6 +61,16 @@ def test_saved_lessons_are_loaded_again(shipped, tmp_path):
     again = Retriever.load(shipped.save(tmp_path / "copy"), device="cpu")
     assert again.lessons.taught == shipped.lessons.taught
     torch.testing.assert_close(again.lessons.queries, shipped.lessons.queries, rtol=0, atol=1e-3)
+
+
+def test_a_run_whose_training_data_are_gone_is_exported_without(tmp_path, capsys):
+    "Said on the way, and no other data stand in for them."
+    run = smoke_run(method="dqe_cir", warmup_epochs=1)
+    told = json.loads((run / TAUGHT).read_text())
+    told[0]["reference"] = "dress-train-of-another-machine"
+    (run / TAUGHT).write_text(json.dumps(told))
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert "the training data are not at hand" in capsys.readouterr().err and not (tmp_path / "out" / ROWS).exists()
 
 
 @pytest.mark.parametrize("damage", ["vectors gone", "one row less", "a number too large", "not JSON", "other vectors"])
