@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from transformers import Blip2Config
 
-from dqe_cir.checkpoints import ClipBlip2Config, blank_model
+from dqe_cir.encoder.checkpoints import ClipBlip2Config, blank_model
 from dqe_cir.core import environment, generator, write_json
 from dqe_cir.encoder import Blip2Encoder, load_encoder
-from dqe_cir.methods.base import Batch, parameter_groups
+from dqe_cir.methods import Batch
+from dqe_cir.methods.base import parameter_groups
 from dqe_cir.methods.info_nce import InfoNCE
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,10 @@ from full_size import ROOT, TOWERS, random_encoder
 
 from dqe_cir.core import environment, generator, write_json
 from dqe_cir.methods import METHODS
-from dqe_cir.methods.base import Batch
-from dqe_cir.trainer import Stepper, checkpoint_layers, tower_aside, train_config, training_step
+from dqe_cir.methods import Batch
+from dqe_cir.trainer import train_config
+from dqe_cir.trainer.loop import tower_aside
+from dqe_cir.trainer.step import Stepper, checkpoint_layers, training_step
 
 STEPS, RATE, RISE = 20, 5e-5, 5  # random weights have further to go than pretrained ones
 WORDS = ("red", "blue", "longer", "shorter", "striped", "plain", "with a collar", "without sleeves")

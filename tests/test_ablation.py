@@ -11,10 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqe_cir.ablation import (AFTER_WARM_UP, CONDITIONS, STUDENT, difference_table, excluding_pairs, in_batch_false_negatives, interval, paired, run_study,
-                              share_above, study_config, study_jobs, study_record, values_of, warm_up_key)
+from dqe_cir.studies.ablation import AFTER_WARM_UP, CONDITIONS, STUDENT, difference_table, excluding_pairs
+from dqe_cir.studies.ablation import in_batch_false_negatives, interval, paired, run_study, share_above
+from dqe_cir.studies.ablation import study_config, study_jobs, study_record, values_of, warm_up_key
 from dqe_cir.data import load_dataset
-from dqe_cir.trainer import SMOKE, TrainConfig, answer_groups, train_config
+from dqe_cir.trainer import TrainConfig, train_config
+from dqe_cir.trainer.batches import answer_groups
+from dqe_cir.trainer.loop import SMOKE
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from dqe_cir.attention import as_grid, attribute_maps, overlay
-from dqe_cir.attributes import LEXICON, MODES, AttributeWeights, speaks_of
+from dqe_cir.retriever.attention import as_grid, attribute_maps, overlay
+from dqe_cir.attributes import AttributeWeights, LEXICON, MODES, speaks_of
 from dqe_cir.core import generator
 from dqe_cir.encoder import cross_attention, load_encoder
-from dqe_cir.methods.base import Batch
+from dqe_cir.methods import Batch
 from dqe_cir.methods.dqe_cir import ATTRIBUTE_MARGINS, DQECIR
 
 BATCH, STATES, HIDDEN, WIDTH = 4, 5, 24, 6

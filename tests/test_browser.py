@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dqe_cir.retriever import Retriever, garments_at_once
+from dqe_cir.retriever import Retriever
+from dqe_cir.retriever.drawn import garments_at_once
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from dqe_cir.checkpoints import EPS, UNUSED, blank_model, convert, lavis_config, lavis_names, main, read_checkpoint, tower_kind, usual_heads, verify
+from dqe_cir.encoder.checkpoints import EPS, UNUSED, blank_model, convert, lavis_config, lavis_names, main
+from dqe_cir.encoder.checkpoints import read_checkpoint, tower_kind, usual_heads, verify
 from dqe_cir.core import DataError
 from dqe_cir.encoder import from_lavis, load_encoder
 from dqe_cir.losses import pairwise_kl
@@ -322,7 +323,7 @@ def test_verify_compares_the_temperature(shelf, tmp_path):
 
 def test_a_conversion_that_fails_leaves_nothing(shelf, tmp_path, monkeypatch):
     def full(*_, **__): raise OSError("no space left")
-    monkeypatch.setattr("dqe_cir.checkpoints.save_file", full)
+    monkeypatch.setattr("dqe_cir.encoder.checkpoints.save_file", full)
     with pytest.raises(OSError, match="no space"): convert(shelf / "eva.pth", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -12,9 +12,10 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import CLIPTokenizer
 
-from dqe_cir.clip_resnet import AttentionPool, Bottleneck, clip_resnet, image_sizes, load_clip_resnet
+from dqe_cir.encoder.native.clip_resnet import AttentionPool, Bottleneck, clip_resnet, image_sizes
+from dqe_cir.encoder.native.clip_resnet import load_clip_resnet
 from dqe_cir.core import DataError, generator
-from dqe_cir.native import ClipResNetEncoder, load_clip
+from dqe_cir.encoder.native.clip import ClipResNetEncoder, load_clip
 
 # ---- a recipe for weights: the published names with their shapes, filled in alphabetical order
 

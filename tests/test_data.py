@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dqe_cir.core import DataError, write_json
-from dqe_cir.data import (PUBLISHED, Triplet, as_rgb, count_report, load_circo, load_cirr, load_dataset, load_fashioniq, load_garments, main, open_image,
-                          sample_banner, verify_images, with_shared_answers)
-from dqe_cir.garments import make_garments
+from dqe_cir.data import Triplet, as_rgb, load_circo, load_cirr, load_dataset, load_fashioniq, load_garments
+from dqe_cir.data import open_image, sample_banner, verify_images
+from dqe_cir.data.fashioniq import with_shared_answers
+from dqe_cir.data.verify import PUBLISHED, count_report, main
+from dqe_cir.data import make_garments
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,9 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dqe_cir import garments
-from dqe_cir.garments import (ATTRIBUTES, CATEGORIES, SIZES, Garment, caption_corpus, caption_of, codes, draw_garment, fingerprint, is_relevant, make_garments,
-                              make_world, mention_of, relevant_rows, right_answers, two_captions)
+from dqe_cir.data.garments import benchmark, draw, requests
+from dqe_cir.data import make_garments
+from dqe_cir.data.garments.benchmark import SIZES, fingerprint, make_world, right_answers
+from dqe_cir.data.garments.draw import ATTRIBUTES, CATEGORIES, Garment, draw_garment
+from dqe_cir.data.garments.requests import caption_corpus, caption_of, codes, is_relevant, mention_of
+from dqe_cir.data.garments.requests import relevant_rows, two_captions
 
 COUNTS = SIZES["smoke"]
 
@@ -142,7 +145,7 @@ def test_the_corpus_knows_every_word(request):
 @pytest.mark.parametrize("attribute, reference, target, share", [("colour", "red", "black", .2), ("sleeve", "short", "long", .45), ("length", "long", "medium", .45)])
 def test_relative_requests_keep_their_share(attribute, reference, target, share):
     rng, draws = np.random.default_rng(0), 3000
-    ways = garments.possible_mentions(attribute, reference, target)
+    ways = requests.possible_mentions(attribute, reference, target)
     relative = sum(mention_of(attribute, reference, target, rng) == ways["compared"] for _ in range(draws))
     assert abs(relative / draws - share) < 4 * (share * (1 - share) / draws) ** .5
 
@@ -197,7 +200,7 @@ def probe(features, truth, train):
 @pytest.fixture(scope="module")
 def drawn():
     "Garments of all kinds and their pictures, float (N,64,64,3) in 0..255."
-    rng, every = np.random.default_rng(0), [garment for category in CATEGORIES for garment in garments.combinations(category)]
+    rng, every = np.random.default_rng(0), [garment for category in CATEGORIES for garment in benchmark.combinations(category)]
     chosen = [every[i] for i in rng.integers(len(every), size=1000)]
     return chosen, np.stack([np.asarray(draw_garment(garment, rng), dtype=np.float32) for garment in chosen])
 
@@ -214,7 +217,7 @@ def test_attributes_show_even_to_a_linear_eye(drawn, attribute, least):
 def test_cloth_has_the_colour_it_is_called(drawn):
     plain = [(garment.colour, np.median(picture[26:34, 29:35].reshape(-1, 3), 0)) for garment, picture in zip(*drawn)
              if garment.pattern == "plain" and garment.neckline != "v-neck"]
-    nearest = [min(garments.RGB, key=lambda name: sum((np.array(garments.RGB[name]) - seen) ** 2)) for _, seen in plain]
+    nearest = [min(draw.RGB, key=lambda name: sum((np.array(draw.RGB[name]) - seen) ** 2)) for _, seen in plain]
     assert np.mean([name == called for name, (called, _) in zip(nearest, plain)]) > .95
 
 
@@ -386,8 +389,8 @@ def test_fields_are_those_of_the_real_files(smoke, annotations):
 
 def test_the_same_bytes_from_any_process(smoke, tmp_path):
     "Two worker processes, another hash seed, another folder."
-    command = f"from dqe_cir.garments import make_garments; make_garments({str(tmp_path)!r}, 'smoke', workers=2, progress=False)"
-    subprocess.run([sys.executable, "-c", command], check=True, cwd=Path(garments.__file__).parents[1], env={**os.environ, "PYTHONHASHSEED": "7"})
+    command = f"from dqe_cir.data import make_garments; make_garments({str(tmp_path)!r}, 'smoke', workers=2, progress=False)"
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=Path(benchmark.__file__).parents[3], env={**os.environ, "PYTHONHASHSEED": "7"})
     assert digests(tmp_path / smoke.name) == digests(smoke)
 
 
@@ -398,7 +401,7 @@ def test_size_and_seed_decide_the_folder():
 
 
 def test_a_finished_set_is_not_drawn_again(smoke, monkeypatch):
-    monkeypatch.setattr(garments, "build", None)
+    monkeypatch.setattr(benchmark, "build", None)
     assert make_garments(smoke.parent, "smoke") == smoke
 
 
@@ -408,14 +411,14 @@ def test_a_failure_while_drawing_leaves_nothing(tmp_path, monkeypatch):
         drawn.append(arguments)
         if len(drawn) > 100: raise MemoryError("no more ink")
         return draw_garment(*arguments)
-    monkeypatch.setattr(garments, "draw_garment", tired)
+    monkeypatch.setattr(benchmark, "draw_garment", tired)
     with pytest.raises(MemoryError, match="no more ink"): make_garments(tmp_path, "smoke", workers=1, progress=False)
     assert len(drawn) == 101 and list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_in_another_process_leaves_nothing(tmp_path, monkeypatch):
     images = {name: Garment("dress", "red", "plain", "long", "round", "short") for name in ("image", "no such folder/image")}
-    monkeypatch.setattr(garments, "make_world", lambda *_: garments.World({"train": images, "val": {}}, set(), {}))
+    monkeypatch.setattr(benchmark, "make_world", lambda *_: benchmark.World({"train": images, "val": {}}, set(), {}))
     with pytest.raises(FileNotFoundError, match="no such folder"): make_garments(tmp_path, "smoke", workers=2, progress=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -426,7 +429,7 @@ def scribble(text):
 
 
 def test_what_killed_runs_left_is_cleared_and_living_ones_are_let_be(tmp_path, monkeypatch):
-    monkeypatch.setattr(garments, "build", scribble("whole"))
+    monkeypatch.setattr(benchmark, "build", scribble("whole"))
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     name = f"garments-smoke-{fingerprint('smoke', 0)}"
@@ -440,7 +443,7 @@ def test_what_killed_runs_left_is_cleared_and_living_ones_are_let_be(tmp_path, m
 
 def test_a_reused_process_number_is_no_obstacle(tmp_path, monkeypatch):
     "In a container the run after a killed one often has its number."
-    monkeypatch.setattr(garments, "build", scribble("whole"))
+    monkeypatch.setattr(benchmark, "build", scribble("whole"))
     name = f"garments-smoke-{fingerprint('smoke', 0)}"
     for left in (f"{name}.part-{os.getpid()}", f"{name}.part-{os.getpid()}-abc"):
         (tmp_path / left).mkdir()
@@ -457,7 +460,7 @@ def test_threads_of_one_process_do_not_disturb_each_other(tmp_path, monkeypatch)
             half.set()
             assert done.wait(20)
         (folder / "second half").write_text("")
-    monkeypatch.setattr(garments, "build", build)
+    monkeypatch.setattr(benchmark, "build", build)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(make_garments, tmp_path, "smoke")
         assert half.wait(20)
@@ -473,24 +476,24 @@ def test_the_slower_of_two_runs_keeps_the_faster_ones_set(tmp_path, monkeypatch)
         scribble("slower")(folder)
         root.mkdir()
         scribble("faster")(root)
-    monkeypatch.setattr(garments, "build", overtaken)
+    monkeypatch.setattr(benchmark, "build", overtaken)
     assert make_garments(tmp_path, "smoke") == root
     assert [path.name for path in tmp_path.iterdir()] == [root.name] and (root / "note").read_text() == "faster"
 
 
 def test_a_set_that_cannot_be_moved_into_place_is_an_error(tmp_path, monkeypatch):
     def refuse(*_): raise PermissionError("not here")
-    monkeypatch.setattr(garments, "build", scribble("whole"))
-    monkeypatch.setattr(garments.os, "replace", refuse)
+    monkeypatch.setattr(benchmark, "build", scribble("whole"))
+    monkeypatch.setattr(benchmark.os, "replace", refuse)
     with pytest.raises(PermissionError, match="not here"): make_garments(tmp_path, "smoke")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
     def refuse(*_): raise OSError("links are not supported")
-    monkeypatch.setattr(garments.os, "link", refuse)
+    monkeypatch.setattr(benchmark.os, "link", refuse)
     (tmp_path / "source").write_text("pixels")
-    garments.link(tmp_path / "source", tmp_path / "deep" / "copy")
+    benchmark.link(tmp_path / "source", tmp_path / "deep" / "copy")
     assert (tmp_path / "deep" / "copy").read_text() == "pixels"
 
 

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from dqe_cir.data import CIRDataset, Triplet
 from dqe_cir.evaluator import Evaluation
-from dqe_cir.garments import ATTRIBUTES
-from dqe_cir.inspection import (attribute_confusion, comparison_figure, comparison_sheet, confusion_figure, delta_figure, delta_range, delta_reports, extreme_rows, gain_table, gains,
-                                noted, quality, request_kinds, verdict_counts, worst_rows)
-from dqe_cir.mining import DELTA_GRID, delta_counts
+from dqe_cir.data.garments.draw import ATTRIBUTES
+from dqe_cir.studies.inspection import attribute_confusion, comparison_figure, comparison_sheet
+from dqe_cir.studies.inspection import confusion_figure, delta_figure, delta_range, delta_reports
+from dqe_cir.studies.inspection import extreme_rows, gain_table, gains, noted, quality, request_kinds
+from dqe_cir.studies.inspection import verdict_counts, worst_rows
+from dqe_cir.trainer.mining import DELTA_GRID, delta_counts
 from dqe_cir.sampler import around, spread_over
 
 numbers = st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=12)

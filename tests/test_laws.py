@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from dqe_cir.core import generator, write_json
-from dqe_cir.data import CLIP_MEAN, CLIP_STD, as_rgb, caption_text, clean_caption, join_captions, load_circo, load_cirr, load_fashioniq, square_pad, target_pad
+from dqe_cir.data import CLIP_MEAN, CLIP_STD, as_rgb, caption_text, clean_caption, join_captions, load_circo
+from dqe_cir.data import load_cirr, load_fashioniq, square_pad, target_pad
 from dqe_cir.evaluator import cirr_submission, write_submission
 from dqe_cir.methods.mgur import blurred
 from dqe_cir.retrieval import similarity, top_k

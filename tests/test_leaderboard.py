@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqe_cir.ablation import outcome, run_study, study_record, values_of
-from dqe_cir.leaderboard import (SMALL, at_the_edge, best_rates, chosen_rates, compare_jobs, leaderboard_config, leaderboard_table, ordered, reading, search_jobs,
-                                 search_table)
+from dqe_cir.studies.ablation import outcome, run_study, study_record, values_of
+from dqe_cir.studies.leaderboard import SMALL, at_the_edge, best_rates, chosen_rates, compare_jobs
+from dqe_cir.studies.leaderboard import leaderboard_config, leaderboard_table, ordered, reading, search_jobs
+from dqe_cir.studies.leaderboard import search_table
 from dqe_cir.methods import METHODS
 from dqe_cir.trainer import train_config
 

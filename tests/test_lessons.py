@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from dqe_cir.core import DataError, generator
-from dqe_cir.lessons import ROWS, TAUGHT, VECTORS, Lessons, read_lessons, write_lessons
-from dqe_cir.retriever import SHIPPED, Retriever, garments_at_once, main
+from dqe_cir.retriever.lessons import Lessons, ROWS, TAUGHT, VECTORS, read_lessons, write_lessons
+from dqe_cir.retriever import Retriever, SHIPPED
+from dqe_cir.retriever.drawn import garments_at_once
+from dqe_cir.retriever.share import main
 from dqe_cir.trainer import smoke_run
 
 

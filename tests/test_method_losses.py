@@ -11,9 +11,10 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from dqe_cir.core import generator
-from dqe_cir.losses import aleatoric, batch_aleatoric, batch_classification, hn_nce, pairwise_kl, reversed_info_nce
+from dqe_cir.losses import aleatoric, batch_aleatoric, batch_classification, hn_nce, pairwise_kl
+from dqe_cir.losses import reversed_info_nce
 from dqe_cir.methods.mgur import blurred
-from dqe_cir.parts import Combiner
+from dqe_cir.methods.parts import Combiner
 
 
 def unit(x): return normalize(x, dim=-1)

@@ -11,10 +11,10 @@ from transformers import Blip2Config, Blip2ForImageTextRetrieval
 
 from dqe_cir.encoder import Blip2Encoder
 from dqe_cir.methods import METHODS
-from dqe_cir.methods.base import Batch
-from dqe_cir.methods.check import check_method
-from dqe_cir.mining import NegativePool
-from dqe_cir.parts import read_text
+from dqe_cir.methods import Batch
+from dqe_cir.trainer import check_method
+from dqe_cir.trainer import NegativePool
+from dqe_cir.methods.parts import read_text
 from dqe_cir.trainer import TrainingSet, train_config
 
 

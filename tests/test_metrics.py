@@ -12,8 +12,9 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from dqe_cir.core import generator
-from dqe_cir.metrics import (average_precision, chance_average_precision, chance_recall_at_k, listed_ranks, mean_average_precision_at_k,
-                             preference_agreement, preference_ratio, recall_at_k, subset_ranks, top1_valid)
+from dqe_cir.metrics import average_precision, chance_average_precision, chance_recall_at_k, listed_ranks
+from dqe_cir.metrics import mean_average_precision_at_k, preference_agreement, preference_ratio, recall_at_k
+from dqe_cir.metrics import subset_ranks, top1_valid
 from dqe_cir.retrieval import ranks, similarity, top_k
 
 positive = st.integers(1, 60)

@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from dqe_cir import mining
+from dqe_cir.trainer import mining
 from dqe_cir.core import generator
 from dqe_cir.data import CIRDataset, Triplet
-from dqe_cir.methods.base import Method
-from dqe_cir.mining import NegativePool, block_report, candidate_ids, overlap, refresh, same_pictures, summed_up, valid_candidates
+from dqe_cir.methods import Method
+from dqe_cir.trainer import NegativePool
+from dqe_cir.trainer.mining import block_report, candidate_ids, overlap, refresh, same_pictures, summed_up
+from dqe_cir.trainer.mining import valid_candidates
 from dqe_cir.sampler import Hardest, MidZone, Random, ScoreDropBand
-from dqe_cir.trainer import TrainingSet, load_checkpoint, negative_tokens, other_targets, save_checkpoint, train_config
+from dqe_cir.trainer import TrainingSet, train_config
+from dqe_cir.trainer.batches import negative_tokens, other_targets
+from dqe_cir.trainer.runs import load_checkpoint, save_checkpoint
 
 
 class Tokens(dict):

@@ -13,15 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import CLIPConfig, CLIPModel
 
-from dqe_cir import native
+from dqe_cir.encoder.native.base import random_model
 from dqe_cir.core import DataError, generator
 from dqe_cir.data import load_dataset
 from dqe_cir.encoder import cache_tokens
 from dqe_cir.evaluator import evaluate, reference_points
 from dqe_cir.methods import METHODS
-from dqe_cir.methods.check import check_method, toy_batch
-from dqe_cir.native import Words, load_blip, load_clip, load_resnet, random_crops, squash
-from dqe_cir.trainer import SMOKE, build_method, fit, load_run, open_run, train_config, training_set
+from dqe_cir.trainer import check_method
+from dqe_cir.trainer.check import toy_batch
+from dqe_cir.encoder.native.blip import load_blip
+from dqe_cir.encoder.native.clip import load_clip
+from dqe_cir.encoder.native.resnet import Words, load_resnet, random_crops, squash
+from dqe_cir.trainer import build_method, fit, load_run, open_run, train_config, training_set
+from dqe_cir.trainer.loop import SMOKE
 
 NATIVE = [name for name, method in METHODS.items() if method.native]
 
@@ -72,7 +76,7 @@ def test_trains_resumes_and_is_read_back(home, tmp_path, name):
 
 def test_the_form_is_checked_and_names_the_run(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="unknown form 'own'; choose one of shared, native"): train_config({"form": "own"})
-    monkeypatch.setattr("dqe_cir.trainer.checkout", lambda: tmp_path)
+    monkeypatch.setattr("dqe_cir.trainer.runs.checkout", lambda: tmp_path)
     assert open_run(train_config({"method": "covr", "form": "native"})).folder.name == "garments-covr-native-seed0"
 
 
@@ -91,8 +95,8 @@ def folders(tmp_path_factory):
     "Small models as `save_pretrained` writes them, with weights that are not those of `mini`."
     home = tmp_path_factory.mktemp("models")
     reader = load_resnet(device="cpu", reads="roberta").reader
-    models = {"clip": native.random_model(CLIPModel, clip_config(len(reader.tokenizer), reader.tokenizer.sep_token_id)), "resnet": load_resnet(device="cpu").image_tower, "roberta": reader.model,
-              "blip": native.BlipForImageTextRetrieval(native.random_model(native.BlipForImageTextRetrieval, blip_config()).config)}
+    models = {"clip": random_model(CLIPModel, clip_config(len(reader.tokenizer), reader.tokenizer.sep_token_id)), "resnet": load_resnet(device="cpu").image_tower, "roberta": reader.model,
+              "blip": BlipForImageTextRetrieval(random_model(BlipForImageTextRetrieval, blip_config()).config)}
     for name, model in models.items():
         with torch.no_grad():
             for parameter in model.parameters(): parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator(0, name)))
@@ -108,7 +112,7 @@ def clip_config(words, end):
 
 def blip_config():
     layers = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
-    return native.BlipConfig(image_text_hidden_size=24, vision_config=layers | dict(image_size=48, patch_size=16, initializer_range=0.2),
+    return BlipConfig(image_text_hidden_size=24, vision_config=layers | dict(image_size=48, patch_size=16, initializer_range=0.2),
                              text_config=layers | dict(vocab_size=224, encoder_hidden_size=32, max_position_embeddings=90, bos_token_id=222))
 
 
@@ -248,7 +252,7 @@ def test_a_text_that_looks_at_pictures_begins_with_its_own_mark():
     encoder.fused_vector(torch.randn(2, *encoder.token_shape, generator=generator(0)), ids, mask)
     assert seen[0][:, 0].tolist() == [encoder.looking] * 2 and torch.equal(seen[0][:, 1:], ids[:, 1:])
     assert (ids[:, 0] != encoder.looking).all()
-    assert BLIPS_ENC == native.BlipConfig().text_config.vocab_size - 1
+    assert BLIPS_ENC == BlipConfig().text_config.vocab_size - 1
 
 
 BLIPS_ENC = 30523

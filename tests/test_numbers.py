@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dqe_cir.ablation import paired, values_of
-from dqe_cir.leaderboard import leaderboard_table
+from dqe_cir.studies.ablation import paired, values_of
+from dqe_cir.studies.leaderboard import leaderboard_table
 from dqe_cir.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent

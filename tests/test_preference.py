@@ -9,9 +9,10 @@ import torch
 from test_protocols import Features, Stored, unit
 
 from dqe_cir.core import DataError, generator
-from dqe_cir.data import complete
+from dqe_cir.data.datasets import complete
 from dqe_cir.metrics import preference_agreement
-from dqe_cir.preference import LISTS, agreement_interval, evaluate_preferences, load_hp_fashioniq, unmarked
+from dqe_cir.evaluator import evaluate_preferences, load_hp_fashioniq
+from dqe_cir.evaluator.preference import LISTS, agreement_interval, unmarked
 
 
 def written(path, rows, per_set=25):

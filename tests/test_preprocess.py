@@ -11,7 +11,9 @@ from PIL import Image
 from torch.testing import assert_close
 
 from dqe_cir.core import generator
-from dqe_cir.data import CLIP_MEAN, CLIP_STD, as_rgb, caption_text, clean_caption, join_captions, random_captions, square_pad, target_pad
+from dqe_cir.data import CLIP_MEAN, CLIP_STD, as_rgb, caption_text, clean_caption, join_captions, square_pad
+from dqe_cir.data import target_pad
+from dqe_cir.data.captions import random_captions
 
 SIZE = 64
 TRANSFORMS = {

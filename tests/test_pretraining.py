@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import Blip2ForImageTextRetrieval
 
-from dqe_cir import pretraining
+from dqe_cir.encoder import pretraining
 from dqe_cir.encoder import MINI, load_encoder
-from dqe_cir.garments import ATTRIBUTES, CATEGORIES, Garment, caption_corpus, caption_of, draw_garment
-from dqe_cir.pretraining import (QUESTIONS, GridHead, accuracies, answer_loss, augmented, draw_pictures, encode_pictures,
-                                 make_tokenizer, new_encoder, normalised, optimise, save_encoder, similar_rows, train_qformer, train_teacher, train_tower)
+from dqe_cir.data.garments.draw import ATTRIBUTES, CATEGORIES, Garment, draw_garment
+from dqe_cir.data.garments.requests import caption_corpus, caption_of
+from dqe_cir.encoder.pretraining import GridHead, QUESTIONS, accuracies, answer_loss, augmented
+from dqe_cir.encoder.pretraining import draw_pictures, encode_pictures, make_tokenizer, new_encoder
+from dqe_cir.encoder.pretraining import normalised, optimise, save_encoder, similar_rows, train_qformer
+from dqe_cir.encoder.pretraining import train_teacher, train_tower
 
 COUNTS = [len(values) for values in QUESTIONS.values()]
 

@@ -12,8 +12,10 @@ from torch.nn.functional import normalize
 
 from dqe_cir.core import generator
 from dqe_cir.data import CIRDataset, Triplet
-from dqe_cir.evaluator import (PRESETS, PROTOCOLS, GalleryScores, Protocol, evaluate, evaluate_scores, protocol_for, submissions, write_submission)
-from dqe_cir.methods.base import Method
+from dqe_cir.evaluator import GalleryScores, PROTOCOLS, Protocol, evaluate, evaluate_scores, protocol_for
+from dqe_cir.evaluator import submissions, write_submission
+from dqe_cir.evaluator.protocols import PRESETS
+from dqe_cir.methods import Method
 
 CATEGORIES = ("dress", "shirt", "toptee")
 OURS = {"original_split": "clip4cir", "original_split_without_reference": "covr", "union_split_without_reference": "mgur"}

@@ -16,8 +16,9 @@ from dqe_cir.core import generator, write_json
 from dqe_cir.data import load_dataset
 from dqe_cir.encoder import cache_tokens
 from dqe_cir.evaluator import evaluate, protocol_for, submissions, write_submission
-from dqe_cir.preference import evaluate_preferences, load_hp_fashioniq
-from dqe_cir.trainer import build_method, evaluation_config, fit, load_run, open_run, train_config, training_origin, training_set
+from dqe_cir.evaluator import evaluate_preferences, load_hp_fashioniq
+from dqe_cir.trainer import build_method, evaluation_config, fit, load_run, open_run, train_config
+from dqe_cir.trainer import training_origin, training_set
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = ("crimson", "navy", "olive", "gold", "teal", "purple", "gray", "orange")

@@ -1,7 +1,6 @@
-"House rules that no single notebook can check: clean notebooks, modules in step, imports one way, pins that agree."
+"House rules that no single notebook can check: clean notebooks, modules in step, pins that agree. Imports: test_layout.py."
 import ast
 import configparser
-import graphlib
 import json
 import os
 import re
@@ -142,42 +141,6 @@ def test_export_and_clean_change_nothing(tmp_path):
     assert not [str(path) for path in made if made[path] != committed[path]], "run nbdev_export and nbdev_clean"
     modules = {path.relative_to(ROOT) for path in (ROOT / "dqe_cir").rglob("*.py")}
     assert not modules - set(made), "modules without a notebook"
-
-
-def own_imports(path):
-    "The dqe_cir modules that a file imports anywhere, as dotted names below the package. nbdev writes imports as relative ones."
-    package = ("dqe_cir", *path.relative_to(ROOT / "dqe_cir").parent.parts)
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import): found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = package[:len(package) - node.level + 1] if node.level else ()
-            module = ".".join((*above, *filter(None, [node.module])))
-            found |= {f"dqe_cir.{alias.name}" for alias in node.names} if module == "dqe_cir" else {module}
-    return {name.removeprefix("dqe_cir.") for name in found if name.startswith("dqe_cir.")}
-
-
-def module_name(path):
-    return ".".join(path.relative_to(ROOT / "dqe_cir").with_suffix("").parts).removesuffix(".__init__")
-
-
-IMPORTS = {module_name(path): own_imports(path) - {module_name(path)}
-           for path in (ROOT / "dqe_cir").rglob("*.py") if path.name != "_modidx.py"}
-ALLOWED = {"core": set(), "garments": {"core"}, "data": {"core", "garments"}, "checkpoints": {"core"}, "encoder": {"core", "data", "checkpoints"}, "losses": set(),
-           "sampler": set(), "retrieval": {"metrics"}, "metrics": {"retrieval"}}
-
-
-@pytest.mark.parametrize("module", sorted(IMPORTS))
-def test_imports_point_one_way(module):
-    imported = IMPORTS[module]
-    assert not imported & set(RUNNER_NAMES), "nobody imports a runner"
-    if module in ALLOWED: assert imported <= ALLOWED[module]
-    if module.startswith("methods.") and module != "methods.zoo":
-        assert {name for name in imported if name.startswith("methods")} <= {"methods.base"}, "methods do not know each other"
-
-
-def test_imports_have_no_cycle():
-    list(graphlib.TopologicalSorter(IMPORTS).static_order())
 
 
 # ---- requirements

@@ -10,8 +10,11 @@ from torch.testing import assert_close
 from dqe_cir.core import DataError
 from dqe_cir.methods.info_nce import InfoNCE
 from dqe_cir.encoder import load_encoder
-from dqe_cir.retriever import Retriever, compared, garments_at_once, gate_shares, gated, picture_files
-from dqe_cir.search_page import SearchPage, Session
+from dqe_cir.retriever import Retriever
+from dqe_cir.retriever.drawn import garments_at_once
+from dqe_cir.retriever.index import compared, picture_files
+from dqe_cir.retriever.search import gate_shares, gated
+from dqe_cir.retriever import SearchPage, Session
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from dqe_cir.data import load_dataset
 from dqe_cir.encoder import cache_tokens
 from dqe_cir.evaluator import evaluate
 from dqe_cir.methods import METHODS
-from dqe_cir.trainer import SMOKE, build_method, fit, load_run, open_run, train_config, training_set
+from dqe_cir.trainer import build_method, fit, load_run, open_run, train_config, training_set
+from dqe_cir.trainer.loop import SMOKE
 
 ROOT = Path(__file__).resolve().parent.parent
 

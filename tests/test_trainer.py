@@ -13,18 +13,22 @@ import torch
 from hypothesis import given, strategies as st
 from torch.testing import assert_close
 
-from dqe_cir import trainer
+from dqe_cir.trainer import loop, runs
 from dqe_cir.core import generator
 from dqe_cir.data import CIRDataset, Triplet, load_dataset
 from dqe_cir.encoder import TokenCache, cache_tokens, load_encoder
 from dqe_cir.evaluator import evaluate
 from dqe_cir.methods import METHODS
 from dqe_cir.methods.base import parameter_groups
-from dqe_cir.methods.check import toy_batch
-from dqe_cir.mining import NegativePool
+from dqe_cir.trainer.check import toy_batch
+from dqe_cir.trainer import NegativePool
 from dqe_cir.sampler import Random
-from dqe_cir.trainer import (PRESETS, Stepper, TrainingSet, autocast_dtype, build_method, checkpoint_layers, fit, hold_out, open_run, read_weights, selection,
-                             tower_aside, train_config, trained_state, training_set, training_step)
+from dqe_cir.trainer import TrainingSet, build_method, fit, open_run, train_config, training_set
+from dqe_cir.trainer.batches import hold_out
+from dqe_cir.trainer.config import PRESETS
+from dqe_cir.trainer.loop import tower_aside
+from dqe_cir.trainer.runs import read_weights, selection, trained_state
+from dqe_cir.trainer.step import Stepper, autocast_dtype, checkpoint_layers, training_step
 
 FULL = "some/full-size-encoder"
 
@@ -151,7 +155,7 @@ def test_real_fashioniq_sets_a_tenth_aside(annotations, category):
 def test_real_cirr_has_a_group_that_stays(annotations):
     entries = json.loads((annotations("cirr") / "captions" / "cap.rc2.val.json").read_text())
     triplets = [toy(i, entry["reference"], entry["target_hard"]) for i, entry in enumerate(entries)]
-    groups = torch.tensor(trainer.linked([(("r", t.reference), ("t", t.target)) for t in triplets])).unique(return_counts=True)[1]
+    groups = torch.tensor(linked([(("r", t.reference), ("t", t.target)) for t in triplets])).unique(return_counts=True)[1]
     assert len(triplets) == 4181 and groups.max() == 2368
     assert len(hold_out(CIRDataset("garments", "train", triplets, {"dress": []}, Path("nowhere")), seed=0)[1].triplets) == 418
 
@@ -285,7 +289,8 @@ def stop_at(moment, seen):
             return result
         return call
     with contextlib.ExitStack() as stack:
-        for place, name in ((trainer, "training_step"), (trainer, "save_weights"), (trainer, "save_checkpoint"), (trainer, "append_jsonl"), (trainer, "load_best"), (NegativePool, "renew")):
+        for place, name in ((loop, "training_step"), (loop, "save_weights"), (runs, "save_weights"), (runs, "save_checkpoint"), (runs, "append_jsonl"),
+                            (loop, "load_best"), (NegativePool, "renew")):
             stack.enter_context(mock.patch.object(place, name, guarded(name, getattr(place, name))))
         yield guarded("evaluation", measured)
 
@@ -343,7 +348,7 @@ def test_the_best_epoch_is_not_the_last_and_is_what_loading_gives(tmp_path):
     best = max(looks, key=looks.get)
     assert best != 4, "choose other toys: this case shows nothing"
     assert run.events[-1] == dict(kind="selection", select_on="val", measure="mAP", epoch=best, value=looks[best])
-    loaded, _ = trainer.load_run(tmp_path, "cpu")
+    loaded, _ = load_run(tmp_path, "cpu")
     assert measured(loaded) == measured(method) == {"mAP": looks[best]}
     fresh = build_method(run.config)
     fit(fresh, training_set(run.config, DATA, FakeTokens()), run)  # finished: nothing is trained, the weights are loaded

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from dqe_cir.checkpoints import convert
+from dqe_cir.encoder.checkpoints import convert
 from dqe_cir.core import DataError, append_jsonl, writable, write_json
 from dqe_cir.data import load_circo, load_cirr, load_fashioniq, open_image
 from dqe_cir.encoder import cache_tokens, load_encoder
-from dqe_cir.garments import make_garments
+from dqe_cir.data import make_garments
 from dqe_cir.trainer import open_run, train_config
 
 NAMES = [f"dev-{i}-0-img0" for i in range(6)]

@@ -1,0 +1,70 @@
+"""Import paths of version 0.1 that still work, with a `DeprecationWarning` that names the new one.
+
+`import dqe_cir.search_page` finds a module that hands on the names of the pages it was divided into, and
+`from dqe_cir.trainer import SMOKE` finds a name that the package's table of contents does not list."""
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import warnings
+
+MODULES = {
+    "garments": ("data.garments.draw", "data.garments.requests", "data.garments.benchmark"),
+    "checkpoints": ("encoder.checkpoints",),
+    "pretraining": ("encoder.pretraining",),
+    "clip_resnet": ("encoder.native.clip_resnet",),
+    "native": ("encoder.native.base", "encoder.native.clip", "encoder.native.blip", "encoder.native.resnet"),
+    "parts": ("methods.parts",),
+    "methods.check": ("trainer.check",),
+    "mining": ("trainer.mining",),
+    "preference": ("evaluator.preference",),
+    "attention": ("retriever.attention",),
+    "lessons": ("retriever.lessons",),
+    "search_page": ("retriever.session", "retriever.page"),
+    "ablation": ("studies.ablation",),
+    "leaderboard": ("studies.leaderboard",),
+    "tables": ("studies.tables",),
+    "inspection": ("studies.inspection",),
+}
+PACKAGES = {
+    "data": ("pictures", "captions", "base", "fashioniq", "cirr", "circo", "garments.reader", "datasets", "verify"),
+    "encoder": ("blip2", "tokens", "checkpoints"),
+    "evaluator": ("protocols", "scoring", "reference_points", "submissions"),
+    "trainer": ("config", "mining", "batches", "step", "runs", "loop", "evaluation_config"),
+    "show": ("figures", "sheets"),
+    "retriever": ("drawn", "index", "search", "explain", "share"),
+}
+
+
+def old_name(package: str, name: str):
+    "The object that `dqe_cir.<package>` had under a name in version 0.1; `AttributeError` if it had none."
+    if not name.startswith("__"):
+        for part in PACKAGES[package]:
+            module = importlib.import_module(f"dqe_cir.{package}.{part}")
+            if name in vars(module):
+                warn(f"dqe_cir.{package}.{name}", f"{module.__name__}.{name}")
+                return vars(module)[name]
+    raise AttributeError(f"module 'dqe_cir.{package}' has no attribute {name!r}")
+
+
+def warn(old: str, new: str) -> None:
+    warnings.warn(f"{old} has moved: import {new}", DeprecationWarning, stacklevel=3)
+
+
+class OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    "Makes the modules of `MODULES` when somebody imports them."
+
+    def find_spec(self, name, path=None, target=None):
+        if name.removeprefix("dqe_cir.") in MODULES and name.startswith("dqe_cir."):
+            return importlib.machinery.ModuleSpec(name, self)
+
+    def exec_module(self, module):
+        parts = MODULES[module.__name__.removeprefix("dqe_cir.")]
+        warn(module.__name__, " and ".join(f"dqe_cir.{part}" for part in parts))
+        for part in parts:
+            found = vars(importlib.import_module(f"dqe_cir.{part}"))
+            vars(module).update({name: value for name, value in found.items() if not name.startswith("__")})
+
+
+if not any(isinstance(finder, OldModules) for finder in sys.meta_path):
+    sys.meta_path.append(OldModules())

@@ -1,0 +1,1 @@
+"The backbones the compared systems were published with."

@@ -1,0 +1,1 @@
+"Many runs: ablations, the leaderboard, printed tables, a look into a run."
