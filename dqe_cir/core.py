@@ -7,7 +7,7 @@ __all__ = ['DataError', 'checkout', 'data_folder', 'generator', 'resolve_device'
            'write_json', 'append_jsonl', 'read_jsonl', 'environment', 'use_static_figures', 'smoke']
 
 # %% ../nbs/ideas/00_core.ipynb #d1f4da29
-import dataclasses, hashlib, importlib.metadata, importlib.util, json, os, platform, subprocess, tempfile, time, typing
+import contextlib, dataclasses, hashlib, importlib.metadata, importlib.util, json, os, platform, subprocess, tempfile, time, typing
 from pathlib import Path
 
 import torch
