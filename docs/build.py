@@ -29,6 +29,11 @@ GUIDE = {  # in reading order; other Markdown files of docs/ follow
 }
 
 
+def plain(doc):
+    "A docstring as Markdown: its backticks are meant, a star or a dollar outside them is itself."
+    return re.sub(r"(`[^`]*`)|([*_$<])", lambda found: found[1] or "\\" + found[2], doc)
+
+
 class Site:
     "All pages of a checkout, and what is wrong with them."
 
@@ -126,7 +131,7 @@ class Site:
             for level, entry in [(2, each), *((3, member) for member in each.members)]:
                 cell = f'<a class="cell" href="{origin}#cell-{entry.cell}">notebook</a>' if origin and entry.cell else ""
                 page.body += f'<section class="level{level}"><h{level} id="{entry.name}">{entry.name}</h{level}>{cell}\n{coloured(entry.signature)}'
-                page.body += self.markdown(page, entry.doc, base) + "</section>\n"
+                page.body += self.markdown(page, plain(entry.doc), base) + "</section>\n"
 
     # ---- all pages together
 

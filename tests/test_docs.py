@@ -155,7 +155,7 @@ def one(
     size: int,  # how many
     *, step: float = 1e-3,
 ) -> "list":
-    "As many `Two` as `size`."
+    "As many `Two` as `size`: from 2*size to 3*size, a_b_c < $1."
 class Two:
     "A pair."
     left: int = 0  # where
@@ -191,7 +191,7 @@ def test_a_small_site(small, tmp_path):
     assert "secret" not in first and "0%" not in first and "#|" not in first
     assert "tests/test_x.py::<wbr>test_it_holds" in made["nbs/train.html"]
     plain = unescape(re.sub(r"<[^>]+>", "", module))
-    for part in ("size: int,  # how many", "*, step: float = 1e-3", "left: int = 0  # where", "def swap(self: Two, times=1):", "The other way round.", "def again(self):"):
+    for part in ("As many Two as size: from 2*size to 3*size, a_b_c < $1.", "size: int,  # how many", "*, step: float = 1e-3", "left: int = 0  # where", "def swap(self: Two, times=1):", "The other way round.", "def again(self):"):
         assert part in plain
     assert '<a href="dqe_cir.first.html#one"><code>one</code></a>' in made["api/dqe_cir.deep.html"] and "Path" not in made["api/dqe_cir.deep.html"]
     assert 'id="Two.again"' in module and 'id="again"' not in module and "../nbs/ideas/01_first.html#cell-abcd1234" in module
