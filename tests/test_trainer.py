@@ -392,12 +392,16 @@ def test_stopped_twice_and_three_times(tmp_path):
 
 
 def test_the_best_epoch_is_not_the_last_and_is_what_loading_gives(tmp_path):
-    _, method, run = run_in(tmp_path, dict(method="info_nce", select_on="val"))
-    looks = {event["epoch"]: event["metrics"]["mAP"] for event in run.events if event["kind"] == "epoch"}
-    best = max(looks, key=looks.get)
-    assert best != 4, "choose other toys: this case shows nothing"
+    "The figure is a hash of the weights, which differ in their last bits from machine to machine: so several seeds are tried."
+    for seed in range(8):
+        folder = tmp_path / f"seed {seed}"
+        _, method, run = run_in(folder, dict(method="info_nce", select_on="val", seed=seed))
+        looks = {event["epoch"]: event["metrics"]["mAP"] for event in run.events if event["kind"] == "epoch"}
+        best = max(looks, key=looks.get)
+        if best != 4: break
+    assert best != 4, "the last epoch was the best of eight runs: choose other toys"
     assert run.events[-1] == dict(kind="selection", select_on="val", measure="mAP", epoch=best, value=looks[best])
-    loaded, _ = load_run(tmp_path, "cpu")
+    loaded, _ = load_run(folder, "cpu")
     assert measured(loaded) == measured(method) == {"mAP": looks[best]}
     fresh = build_method(run.config)
     fit(fresh, training_set(run.config, DATA, FakeTokens()), run)  # finished: nothing is trained, the weights are loaded
