@@ -58,8 +58,8 @@ DATA_NOTES = {"garments": ", the drawn benchmark of this repository",
 USAGE = '''from dqe_cir.retriever import Retriever
 retriever = Retriever.load("this folder")
 retriever.index("my pictures"); retriever.search("my pictures/coat.jpg", "is red and has long sleeves")'''
-FILES = ("`model.safetensors` holds everything that was trained, `config.json` the parameters, `results.json` "
-         "the record of the run, `lessons.*`, where it is there, what the model was taught.")
+FILES = ("`model.safetensors` holds everything that was trained, `config.json` the parameters, "
+         "`results.json` the record of the run, `lessons.*`, where it is there, what the model was taught.")
 
 def card_rows(retriever: Retriever) -> list[str]:
     "What a model is and where it comes from, as rows of a table in Markdown."
