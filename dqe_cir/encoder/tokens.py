@@ -74,7 +74,7 @@ def cache_tokens(
             f"{len(absent)} of {len(paths)} pictures do not exist, such as {absent[0]}: verify the images first"
         )
     listing = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in paths.items()]
-    key = hashlib.blake2b(repr((encoder.fingerprint(), listing)).encode(), digest_size=10).hexdigest()
+    key = hashlib.blake2b(repr((encoder.tower_fingerprint(), listing)).encode(), digest_size=10).hexdigest()
     tokens = read_tokens(folder / key, len(paths))
     if tokens is None:
         write_tokens(folder / key, encoder, list(paths.values()), batch_size, progress)

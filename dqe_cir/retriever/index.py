@@ -317,7 +317,7 @@ def adopt(self: Retriever, pictures: Pictures, known: dict[str, Tensor], store: 
 @patch
 def model_key(self: Retriever) -> str:
     "A hash of everything that decides an embedding: the frozen tower, the image transform and the trained state."
-    digest = hashlib.blake2b(self.method.encoder.fingerprint().encode(), digest_size=8)
+    digest = hashlib.blake2b(self.method.encoder.tower_fingerprint().encode(), digest_size=8)
     for name, value in sorted(trained_state(self.method).items()):
         digest.update(
             name.encode() + value.view(torch.uint8).numpy().tobytes()
