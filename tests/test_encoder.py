@@ -321,6 +321,22 @@ def test_shipped_vocabulary_spells_real_requests(annotations):
     assert not (ids == encoder.tokenizer.unk_token_id).any()
 
 
+def test_a_cache_that_cannot_be_read_back_is_said_to_be_so(tiny, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("dqe_cir.encoder.tokens.read_tokens", lambda stem, count: None)
+    with pytest.raises(DataError, match=r"\.tokens is not what was written to it"): cached(tiny, pictures, tmp_path / "tokens")
+
+
+def test_pictures_go_through_the_encoders_own_transform(tiny, pictures, tmp_path):
+    class Flipped(Counting):
+        transform_name = "flipped"
+        tower_fingerprint = type(tiny).tower_fingerprint
+        def transform(self, image): return tiny.transform(image).flip(-1)
+    ours, theirs = (cached(encoder, pictures, tmp_path / "tokens")[list(pictures)] for encoder in (tiny, Flipped(tiny)))
+    direct = torch.cat([tiny.image_tokens(read(path).flip(-1)) for path in pictures.values()])
+    torch.testing.assert_close(theirs, direct)
+    assert (ours - theirs).abs().max() > 1e-3
+
+
 # ---- how large it is, before any weights are read
 
 def config_of(folder, config):
