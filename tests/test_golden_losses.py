@@ -51,7 +51,7 @@ class Setting:
         self.train, self.val = (load_dataset("garments", split=split, size="smoke") for split in ("train", "val"))
 
     def tokens_of(self, encoder):
-        key = encoder.fingerprint()
+        key = encoder.tower_fingerprint()
         if key not in self.tokens:
             self.tokens[key] = cache_tokens(encoder, [self.train, self.val], folder=self.folder / "tokens", progress=False)
         return self.tokens[key]
