@@ -17,7 +17,7 @@ MODULES = {
     "parts": ("methods.parts",),
     "methods.check": ("trainer.check",),
     "mining": ("trainer.mining",),
-    "preference": ("evaluator.preference",),
+    "preference": ("data.hp_fashioniq", "evaluator.preference"),
     "attention": ("retriever.attention",),
     "lessons": ("retriever.lessons",),
     "search_page": ("retriever.session", "retriever.page"),
@@ -27,7 +27,7 @@ MODULES = {
     "inspection": ("studies.inspection",),
 }
 PACKAGES = {
-    "data": ("pictures", "captions", "base", "fashioniq", "cirr", "circo", "garments.reader", "datasets", "verify"),
+    "data": ("pictures", "captions", "base", "fashioniq", "cirr", "circo", "hp_fashioniq", "garments.reader", "datasets", "verify"),
     "encoder": ("blip2", "tokens", "checkpoints"),
     "evaluator": ("protocols", "scoring", "reference_points", "submissions"),
     "trainer": ("config", "mining", "batches", "step", "runs", "loop", "evaluation_config"),

@@ -1,4 +1,5 @@
 "Readers against the real annotation files, against hand-made folders in every layout, and against folders that are broken."
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ from dqe_cir.core import DataError, write_json
 from dqe_cir.data import Triplet, as_rgb, load_circo, load_cirr, load_dataset, load_fashioniq, load_garments
 from dqe_cir.data import open_image, sample_banner, verify_images
 from dqe_cir.data.fashioniq import with_shared_answers
-from dqe_cir.data.verify import PUBLISHED, count_report, main
+from dqe_cir.data import SPECS
+from dqe_cir.data.verify import count_report, main
 from dqe_cir.data import make_garments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -424,7 +426,8 @@ def test_a_real_file_that_was_cut_short_is_noticed(annotations, tmp_path, lose):
 
 
 def test_counts_and_pictures_are_reported_together(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(PUBLISHED, "cirr", {"val": {"all": (1, 6)}, "test1": {"all": (4, 6)}})
+    counted = {"val": {"all": (1, 6)}, "test1": {"all": (4, 6)}}
+    monkeypatch.setitem(SPECS, "cirr", dataclasses.replace(SPECS["cirr"], published=counted))
     for split in ("val", "test1"): cirr(tmp_path, split)
     for i in range(6): picture(tmp_path / "img_raw" / "dev" / f"dev-{i}-0-img0.png")
     words = ["verify", "--dataset", "cirr", "--root", str(tmp_path), "--split"]

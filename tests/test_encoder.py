@@ -1,6 +1,7 @@
 "The encoder against the library's own forward pass, loading that must fail, and a token cache under attack."
 import json
 import os
+import shutil
 import string
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import BertTokenizer, Blip2Config, Blip2ForImageTextRetrieval
 
 from dqe_cir.core import DataError
 from dqe_cir.encoder import MINI, cache_tokens, load_encoder
+from dqe_cir.encoder.blip2 import encoder_size
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "red", "long", "has", "dots", *string.ascii_lowercase, *("##" + c for c in string.ascii_lowercase)]
 
@@ -317,3 +319,63 @@ def test_shipped_vocabulary_spells_real_requests(annotations):
     assert len(plain) > 0.99 * len(texts)
     ids = torch.cat([encoder.tokenize(plain[i:i + 512])[0].flatten() for i in range(0, len(plain), 512)])
     assert not (ids == encoder.tokenizer.unk_token_id).any()
+
+
+# ---- how large it is, before any weights are read
+
+def config_of(folder, config):
+    "A folder that holds nothing but a configuration."
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return str(folder)
+
+
+BLIP2_VIT_G = {"model_type": "blip-2", "num_query_tokens": 32, "image_text_hidden_size": 256,
+               "vision_config": {"model_type": "blip_2_vision_model", "hidden_size": 1408, "intermediate_size": 6144,
+                                 "num_hidden_layers": 39, "num_attention_heads": 16, "image_size": 224, "patch_size": 14},
+               "qformer_config": {"hidden_size": 768, "num_hidden_layers": 12, "vocab_size": 30523}}
+
+
+def test_mini_and_a_copy_of_it_are_small(tmp_path):
+    shutil.copytree(MINI, tmp_path / "runs" / "mini")
+    assert encoder_size("mini") == encoder_size(str(MINI)) == encoder_size(str(tmp_path / "runs" / "mini")) == "small"
+
+
+def test_what_save_pretrained_writes_is_read(checkpoint): assert encoder_size(str(checkpoint)) == "small"
+
+
+@pytest.mark.parametrize("left_out", [(), ("hidden_size",), ("vision_config",)])
+def test_a_folder_of_blip2_sizes_is_full(tmp_path, left_out):
+    "Also where the hub's configuration leaves out what equals the library's default."
+    config = {**BLIP2_VIT_G, "vision_config": {k: v for k, v in BLIP2_VIT_G["vision_config"].items() if k not in left_out}}
+    assert encoder_size(config_of(tmp_path, {k: v for k, v in config.items() if k not in left_out})) == "full"
+
+
+def test_names_without_a_folder_are_full(tmp_path):
+    (tmp_path / "blip2.pth").write_bytes(b"weights")
+    for name in ("Salesforce/blip2-itm-vit-g", str(tmp_path / "blip2.pth"), str(tmp_path / "absent"), str(tmp_path), ""):
+        assert encoder_size(name) == "full", name
+
+
+@pytest.mark.parametrize("config", ["", "{", "[]", "null", '{"vision_config": 3}', '{"model_cfg": []}', '{"vision_config": {"hidden_size": null}}'])
+def test_a_folder_without_a_readable_configuration_is_full(tmp_path, config):
+    assert encoder_size(config_of(tmp_path, config)) == "full"
+
+
+@pytest.mark.parametrize("config, small", [
+    ({"model_type": "clip", "vision_config": {"hidden_size": 768}}, False), ({"model_type": "clip", "vision_config": {"hidden_size": 32}}, True),
+    ({"model_type": "blip", "vision_config": {"hidden_size": 1024}}, False), ({"model_type": "blip", "vision_config": {"hidden_size": 64}}, True),
+    ({"model_type": "resnet", "hidden_sizes": [256, 512, 1024, 2048]}, False), ({"model_type": "resnet", "hidden_sizes": [32, 48, 64, 96]}, True),
+    ({"model_type": "resnet"}, False)])
+def test_native_encoders_are_measured_by_their_own_layout(tmp_path, config, small):
+    name = config_of(tmp_path / "a", config)
+    assert encoder_size(name) == ("small" if small else "full")
+    if config["model_type"] == "resnet": assert encoder_size(f"{name}+FacebookAI/roberta-base") == encoder_size(name)
+
+
+@pytest.mark.parametrize("width, size", [(80, "full"), (8, "small")])
+def test_a_clip_with_a_resnet_is_measured_by_open_clips_layout(tmp_path, width, size):
+    "timm's folders hold both files, and the width is in OpenCLIP's."
+    name = config_of(tmp_path, {"architecture": "resnet50x4_clip", "num_features": 640})
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": {"layers": [4, 6, 10, 6], "width": width}}}))
+    assert encoder_size(name) == size

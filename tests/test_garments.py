@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dqe_cir.data.garments import benchmark, draw, requests
+from dqe_cir.data.garments import benchmark, draw
 from dqe_cir.data import make_garments
 from dqe_cir.data.garments.benchmark import SIZES, fingerprint, make_world, right_answers
 from dqe_cir.data.garments.draw import ATTRIBUTES, CATEGORIES, Garment, draw_garment
-from dqe_cir.data.garments.requests import caption_corpus, caption_of, codes, is_relevant, mention_of
+from dqe_cir.data.garments.requests import caption_corpus, caption_of, codes, is_relevant, mention_of, possible_mentions
 from dqe_cir.data.garments.requests import relevant_rows, two_captions
 
 COUNTS = SIZES["smoke"]
@@ -145,7 +145,7 @@ def test_the_corpus_knows_every_word(request):
 @pytest.mark.parametrize("attribute, reference, target, share", [("colour", "red", "black", .2), ("sleeve", "short", "long", .45), ("length", "long", "medium", .45)])
 def test_relative_requests_keep_their_share(attribute, reference, target, share):
     rng, draws = np.random.default_rng(0), 3000
-    ways = requests.possible_mentions(attribute, reference, target)
+    ways = possible_mentions(attribute, reference, target)
     relative = sum(mention_of(attribute, reference, target, rng) == ways["compared"] for _ in range(draws))
     assert abs(relative / draws - share) < 4 * (share * (1 - share) / draws) ** .5
 

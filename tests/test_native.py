@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import CLIPConfig, CLIPModel
+from transformers import BlipConfig, BlipForImageTextRetrieval, CLIPConfig, CLIPModel
 
 from dqe_cir.encoder.native.base import random_model
 from dqe_cir.core import DataError, generator

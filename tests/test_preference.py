@@ -11,8 +11,10 @@ from test_protocols import Features, Stored, unit
 from dqe_cir.core import DataError, generator
 from dqe_cir.data.datasets import complete
 from dqe_cir.metrics import preference_agreement
-from dqe_cir.evaluator import evaluate_preferences, load_hp_fashioniq
-from dqe_cir.evaluator.preference import LISTS, agreement_interval, unmarked
+from dqe_cir.data import load_hp_fashioniq
+from dqe_cir.evaluator import evaluate_preferences
+from dqe_cir.data.hp_fashioniq import LISTS, unmarked
+from dqe_cir.evaluator.preference import agreement_interval
 
 
 def written(path, rows, per_set=25):

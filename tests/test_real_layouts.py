@@ -16,7 +16,8 @@ from dqe_cir.core import generator, write_json
 from dqe_cir.data import load_dataset
 from dqe_cir.encoder import cache_tokens
 from dqe_cir.evaluator import evaluate, protocol_for, submissions, write_submission
-from dqe_cir.evaluator import evaluate_preferences, load_hp_fashioniq
+from dqe_cir.data import load_hp_fashioniq
+from dqe_cir.evaluator import evaluate_preferences
 from dqe_cir.trainer import build_method, evaluation_config, fit, load_run, open_run, train_config
 from dqe_cir.trainer import training_origin, training_set
 

@@ -4,7 +4,7 @@ from dqe_cir.evaluator.scoring import Evaluation, GalleryScores, breakdown, enco
 from dqe_cir.evaluator.scoring import evaluate, evaluate_scores, score_dataset
 from dqe_cir.evaluator.reference_points import ImageOnly, LateFusion, TextOnly, oracle, reference_points
 from dqe_cir.evaluator.submissions import circo_submission, cirr_submission, submissions, write_submission
-from dqe_cir.evaluator.preference import evaluate_preferences, load_hp_fashioniq
+from dqe_cir.evaluator.preference import evaluate_preferences
 from dqe_cir._moved import old_name
 
 

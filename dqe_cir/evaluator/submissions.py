@@ -11,8 +11,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ..data.base import CIRDataset
+from ..data.datasets import SPECS
 from .protocols import PROTOCOLS, Protocol
-from .scoring import SERVERS, best_images, score_dataset
+from .scoring import best_images, score_dataset
 from ..methods.base import Method
 
 # %% ../../nbs/evaluator/04_submissions.ipynb #60be83e9
@@ -125,7 +126,8 @@ def submissions(
     method: Method, dataset: CIRDataset, tokens, protocol: Protocol | None = None
 ) -> dict[str, dict]:
     "What the test server of a split without targets reads, by file name."
-    if SERVERS.get(dataset.name) != dataset.split:
+    spec = SPECS[dataset.name]
+    if spec.server != dataset.split:
         raise ValueError(
             f"the {dataset.split} split of {dataset.name} has no test server: evaluate on val"
         )
@@ -138,9 +140,9 @@ def submissions(
     stem, everything = "-".join(
         filter(None, ["submission", dataset.name, dataset.split, protocol.label()])
     ), [set(part.gallery)] * len(ids)
-    if dataset.name == "circo":
+    if not spec.subsets:
         return {f"{stem}.json": circo_submission(ids, lists(50), references, everything)}
-    queries = 4148 if dataset.data == "real" else None
+    queries = spec.published[spec.server]["all"][0] if dataset.data == "real" else None
     groups = [triplet.subset for triplet in searched.triplets]
     return {
         f"{stem}-recall.json": cirr_submission(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core import generator
 from ..data.base import CIRDataset
+from ..data.datasets import SPECS
 from ..evaluator.scoring import encode_gallery, encode_queries
 from ..methods.base import Method
 from ..sampler import Sampler, possible_negatives, relative_scores
@@ -22,7 +23,7 @@ from ..sampler import Sampler, possible_negatives, relative_scores
 # %% ../../nbs/trainer/02_mining.ipynb #b77ff662
 def candidate_ids(dataset: CIRDataset) -> dict[str, list[str]]:
     "Per gallery, the image ids that negatives are drawn from."
-    if dataset.name != "fashioniq": return dataset.galleries
+    if SPECS[dataset.name].candidates == "gallery": return dataset.galleries
     return {
         name: sorted({t.target for t in dataset.triplets if t.category == name})
         for name in dataset.galleries
@@ -45,7 +46,7 @@ def valid_candidates(
     "(Q,N) bool: False for the known answers of each query and, on CIRR, for its reference, under every name in `same`."
     valid = torch.ones(len(triplets), len(position), dtype=torch.bool)
     for row, triplet in enumerate(triplets):
-        known = set(triplet.positives) | ({triplet.reference} if dataset.name == "cirr" else set())
+        known = set(triplet.positives) | (set() if SPECS[dataset.name].reference_ranked else {triplet.reference})
         known = known.union(*((same or {}).get(name, ()) for name in known))
         valid[row, [position[name] for name in known if name in position]] = False
     return valid
