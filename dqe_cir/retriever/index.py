@@ -24,13 +24,13 @@ from torch import Tensor
 from ..core import DataError, checkout, replacing, write_json
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS
-from ..data.pictures import SUFFIXES, open_image
+from ..data.pictures import PICTURE_SUFFIXES, open_image
 from ..encoder.blip2 import MINI
 from .drawn import DrawnOnDemand
 from ..trainer.runs import load_run, trained_state
 
 # %% ../../nbs/retriever/04_index.ipynb #a39aa864
-CALLED_PICTURES = {*SUFFIXES, ".jpe", ".jfif", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+CALLED_PICTURES = {*PICTURE_SUFFIXES, ".jpe", ".jfif", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 
 # %% ../../nbs/retriever/04_index.ipynb #c22f97fc
 def recognised(path: Path) -> bool:
