@@ -186,7 +186,7 @@ def test_a_wide_picture_goes_through_the_encoders_transform(native, tmp_path):
 def test_indexes_that_padded_a_squeezed_picture_no_longer_fit(native):
     "Version 0.1 wrote indexes of CoSMo and MGUR under a key that did not know of its mistake; every other key stays."
     retriever, _ = native
-    digest = hashlib.blake2b(retriever.method.encoder.fingerprint().encode(), digest_size=8)
+    digest = hashlib.blake2b(retriever.method.encoder.tower_fingerprint().encode(), digest_size=8)
     for name, value in sorted(trained_state(retriever.method).items()):
         digest.update(name.encode() + (value.view(torch.uint8).numpy().tobytes() if value.dim() else b""))
     padded = retriever.method.encoder.transform_name.startswith("target_pad")

@@ -296,7 +296,7 @@ def adopt(self: Retriever, pictures: Pictures, known: dict[str, Tensor], store: 
 def model_key(self: Retriever) -> str:
     "A hash of what decides an embedding: the frozen tower, the image transform and the trained state."
     encoder = self.method.encoder
-    digest = hashlib.blake2b(encoder.fingerprint().encode(), digest_size=8)
+    digest = hashlib.blake2b(encoder.tower_fingerprint().encode(), digest_size=8)
     if not encoder.transform_name.startswith("target_pad"):
         digest.update(b"own transform")  # indexes of version 0.1 padded these pictures too: none of them fits
     for name, value in sorted(trained_state(self.method).items()):
