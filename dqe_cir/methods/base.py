@@ -7,7 +7,7 @@ __all__ = ['Batch', 'Method', 'check_range', 'parameter_groups']
 
 # %% ../../nbs/methods/00_base.ipynb #c50c55d7
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from fastcore.basics import patch
@@ -31,15 +31,12 @@ class Batch:
 
     def to(self, device) -> "Batch":
         "The same batch on another device."
-        moved = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return Batch(**moved)
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 # %% ../../nbs/methods/00_base.ipynb #ddf47496
 class Method(nn.Module):
-    "A composed-image retriever: subclass it, write `encode_query` and `losses`, and override where a paper differs."
+    "A composed-image retriever: write `encode_query` and `losses`, override what a paper does differently."
     weights: dict[str, float] = {}  # weight of each loss term; 1 where a term is not named
     reduce = "max"  # how an image's T embeddings answer a query
     uses_negatives = False  # wants explicit negatives, one per query or more
@@ -89,11 +86,11 @@ def query_text(self: Method, triplet: Triplet) -> str:
 # %% ../../nbs/methods/00_base.ipynb #266d895f
 @patch(cls_method=True)
 def check(cls: Method, config) -> None:
-    "`ValueError` in one line, naming option and value, for a run that cannot work; what `options` mean is checked here."
+    "`ValueError` in one line that names option and value, for a run that cannot work."
 
 # %% ../../nbs/methods/00_base.ipynb #c5f8562b
 def check_range(config, name: str, below: float = math.inf, meaning: str = "") -> None:
-    "`ValueError` unless the option is a number from 0 up to, but not including, `below`; `meaning` ends the sentence."
+    "`ValueError` unless the option is at least 0 and less than `below`; `meaning` ends the sentence."
     value = getattr(config, name)
     if 0 <= value < below: return
     limit = "" if below == math.inf else f" and below {below}"
@@ -103,7 +100,8 @@ def check_range(config, name: str, below: float = math.inf, meaning: str = "") -
 def parameter_groups(
     method: Method, learning_rate: float, weight_decay: float, fast: float = 10.0, head: float = 1.0
 ) -> list[dict]:
-    "AdamW groups: decayed matrices, undecayed vectors, scalars learning `fast` times faster; what is not the encoder's learns `head` times faster."
+    """AdamW groups: decayed matrices, undecayed vectors, scalars that learn `fast` times faster;
+    matrices and vectors that are not the encoder's learn `head` times faster."""
     rates = {
         "matrix": (1.0, weight_decay),
         "vector": (1.0, 0.0),
@@ -116,5 +114,7 @@ def parameter_groups(
         kind = ("scalar", "vector", "matrix")[min(parameter.ndim, 2)]
         own = head != 1.0 and kind != "scalar" and not name.startswith("encoder.")
         if parameter.requires_grad: groups[f"own {kind}" if own else kind].append(parameter)
-    return [dict(params=groups[kind], lr=learning_rate * rate, weight_decay=decay)
-            for kind, (rate, decay) in rates.items() if groups[kind]]
+    return [
+        dict(params=groups[kind], lr=learning_rate * rate, weight_decay=decay)
+        for kind, (rate, decay) in rates.items() if groups[kind]
+    ]

@@ -42,21 +42,18 @@ class InfoNCE(Method, LearnedTemperature):
 
     @classmethod
     def check(cls, config) -> None:
-        "Labels keep some of their share, and have some to spread where it is to be spread by likeness."
+        "A label keeps some of its share, and has some to spread where likeness is to spread it."
         check_range(config, "label_smoothing", 1)
         if config.soft_labels == "target" and not config.label_smoothing:
-            raise ValueError("soft_labels=target spreads the softened share, and label_smoothing=0 leaves none")
+            raise ValueError("soft_labels=target spreads the softened share: label_smoothing=0 leaves none")
 
 # %% ../../nbs/methods/10_info_nce.ipynb #a1986885
 @patch
 def encode_query(self: InfoNCE, reference: Tensor, texts: list[str]) -> Tensor:
-    "(B,P,W) and B texts to unit queries (B,D)."
+    "(B,P,W) and B texts to unit queries (B,D), or (B,T*D) when aligned."
     fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
-    return join_states(
-        self.encoder.text_projection(fused),
-        fused.new_full(fused.shape[:2], 1 / fused.shape[1]),
-        self.aligned,
-    )
+    even = fused.new_full(fused.shape[:2], 1 / fused.shape[1])
+    return join_states(self.encoder.text_projection(fused), even, self.aligned)
 
 # %% ../../nbs/methods/10_info_nce.ipynb #134c6df5
 @patch

@@ -24,7 +24,7 @@ def freeze_last_words(encoder: Blip2Encoder) -> None:
 
 # %% ../../nbs/methods/05_parts.ipynb #f5f81c4f
 class LearnedTemperature:
-    "A second base class of a `Method`: `start_temperature` in its `__init__`, `temperature` where scores are divided."
+    "A second base class of a `Method`: `start_temperature` in `__init__`, `temperature` under the scores."
 
     def start_temperature(self, value: float) -> None:
         "Learn from this temperature on; the parameter is its logarithm."
@@ -37,37 +37,38 @@ class LearnedTemperature:
 
 # %% ../../nbs/methods/05_parts.ipynb #81b946df
 class StillImages(nn.Module):
-    "The image side of an encoder as it is now: tokens (N,P,W) to unit embeddings (N,T,D), whatever becomes of the encoder."
+    """The image side of an encoder as it is now, whatever becomes of the encoder: tokens (N,P,W) to unit
+    embeddings (N,T,D)."""
 
     def __init__(self, encoder: Blip2Encoder):
         super().__init__()
         tower, encoder.vision_tower = encoder.vision_tower, nn.Identity()  # the tower is not copied
-        try:self.encoder = copy.deepcopy(encoder).requires_grad_(False)
-        finally: encoder.vision_tower = tower
+        try:
+            self.encoder = copy.deepcopy(encoder).requires_grad_(False)
+        finally:
+            encoder.vision_tower = tower
         self.train(False)
 
     def train(self, mode: bool = True): return super().train(False)  # never any dropout
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.encoder.encode_target(tokens)
+    def forward(self, tokens: Tensor) -> Tensor: return self.encoder.encode_target(tokens)
 
 # %% ../../nbs/methods/05_parts.ipynb #533738cb
 def read_text(
     encoder: Blip2Encoder, input_ids: Tensor, attention_mask: Tensor, prompts: Tensor | None = None
 ) -> Tensor:
-    "Words (B,L), after the first of which prompts (K,H) are put in, to states (B,K+L,H); the first one stands for the text."
-    embeddings = encoder.embeddings.word_embeddings(input_ids)
+    """Words (B,L), with prompts (K,H) put in after the first of them, to states (B,K+L,H), of which the first
+    stands for the text."""
+    states = encoder.embeddings.word_embeddings(input_ids)
     if prompts is not None:
-        embeddings = torch.cat(
-            [embeddings[:, :1], prompts.expand(len(input_ids), -1, -1), embeddings[:, 1:]], 1
-        )
+        spoken = prompts.expand(len(input_ids), -1, -1)
+        states = torch.cat([states[:, :1], spoken, states[:, 1:]], 1)
         attention_mask = F.pad(attention_mask, (len(prompts), 0), value=1)
-    places = torch.arange(embeddings.shape[1], device=embeddings.device)
-    embeddings = embeddings + encoder.embeddings.position_embeddings(places)
-    return encoder.qformer(
-        query_embeds=embeddings, query_length=0, attention_mask=attention_mask
-    ).last_hidden_state
+    places = torch.arange(states.shape[1], device=states.device)
+    states = states + encoder.embeddings.position_embeddings(places)
+    read = encoder.qformer(query_embeds=states, query_length=0, attention_mask=attention_mask)
+    return read.last_hidden_state
 
 # %% ../../nbs/methods/05_parts.ipynb #b6ba6467
 class Combiner(nn.Module):
@@ -75,21 +76,22 @@ class Combiner(nn.Module):
 
     def __init__(self, dimension: int, projection: int, hidden: int, dropout: float = 0.5):
         super().__init__()
-        self.text, self.image, self.drop = (
-            nn.Linear(dimension, projection),
-            nn.Linear(dimension, projection),
-            nn.Dropout(dropout),
-        )
+        self.text = nn.Linear(dimension, projection)
+        self.image = nn.Linear(dimension, projection)
+        self.drop = nn.Dropout(dropout)
         self.joint, self.out = nn.Linear(2 * projection, hidden), nn.Linear(hidden, dimension)
         self.share_joint, self.share = nn.Linear(2 * projection, hidden), nn.Linear(hidden, 1)
 
+    def pair(self, layer: nn.Linear, a: Tensor, b: Tensor) -> Tensor:
+        "A layer on [a; b], for every pair of them."
+        of_text, of_image = halves(layer)
+        return self.drop((F.linear(a, *of_text) + F.linear(b, of_image)).relu())
+
     def forward(self, text: Tensor, image: Tensor) -> Tensor:
         a, b = self.drop(self.text(text).relu()), self.drop(self.image(image).relu())
-        pair = lambda layer: self.drop(
-            (F.linear(a, *halves(layer)[0]) + F.linear(b, halves(layer)[1])).relu()
-        )
-        share = self.share(pair(self.share_joint)).sigmoid()
-        return F.normalize(self.out(pair(self.joint)) + share * text + (1 - share) * image, dim=-1)
+        share = self.share(self.pair(self.share_joint, a, b)).sigmoid()
+        added = self.out(self.pair(self.joint, a, b))
+        return F.normalize(added + share * text + (1 - share) * image, dim=-1)
 
 # %% ../../nbs/methods/05_parts.ipynb #88df12ef
 def halves(layer: nn.Linear) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -108,8 +110,10 @@ class ContentAttention(nn.Module):
         self.text = nn.Linear(text, width)
 
     def forward(self, z: Tensor, text: Tensor) -> Tensor:
-        value = self.value(self.merge(torch.cat([z, text.unsqueeze(1).expand(-1, z.shape[1], -1)], -1)))
-        return self.out((self.attention(z, text) @ self.split(value)).transpose(1, 2).flatten(2))
+        everywhere = text.unsqueeze(1).expand(-1, z.shape[1], -1)
+        value = self.value(self.merge(torch.cat([z, everywhere], -1)))
+        found = self.attention(z, text) @ self.split(value)
+        return self.out(found.transpose(1, 2).flatten(2))
 
     def split(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B,heads,P,W/heads)
@@ -133,7 +137,8 @@ class ContentStyle(nn.Module):
         self.weight = nn.Parameter(torch.ones(2, 1, 1))
         self.gates, self.style = nn.Linear(text, 2 * width), nn.Linear(text, 2 * width)
         for layer in (self.gates, self.style):
-            nn.init.normal_(layer.weight, std=math.sqrt(2 / text)); nn.init.zeros_(layer.bias)
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / text))
+            nn.init.zeros_(layer.bias)
         with torch.no_grad(): self.style.bias[:width] = 1.0
 
     def forward(self, tokens: Tensor, text: Tensor) -> Tensor:

@@ -24,13 +24,13 @@ from torch import Tensor
 from ..core import DataError, checkout, replacing, write_json
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS
-from ..data.pictures import SUFFIXES, open_image
+from ..data.pictures import PICTURE_SUFFIXES, open_image
 from ..encoder.blip2 import MINI
 from .drawn import DrawnOnDemand
 from ..trainer.runs import load_run, trained_state
 
 # %% ../../nbs/retriever/04_index.ipynb #a39aa864
-CALLED_PICTURES = {*SUFFIXES, ".jpe", ".jfif", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
+CALLED_PICTURES = {*PICTURE_SUFFIXES, ".jpe", ".jfif", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 
 def recognised(path: Path) -> bool:
     "Is a file called a picture, or does Pillow know its first bytes?"
@@ -290,7 +290,7 @@ def adopt(self: Retriever, pictures: Pictures, known: dict[str, Tensor], store: 
 def model_key(self: Retriever) -> str:
     "A hash of what decides an embedding: the frozen tower, the image transform and the trained state."
     encoder = self.method.encoder
-    digest = hashlib.blake2b(encoder.fingerprint().encode(), digest_size=8)
+    digest = hashlib.blake2b(encoder.tower_fingerprint().encode(), digest_size=8)
     if not encoder.transform_name.startswith("target_pad"):
         digest.update(b"own transform")  # indexes of version 0.1 padded these pictures too: none of them fits
     for name, value in sorted(trained_state(self.method).items()):
