@@ -800,6 +800,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'dqe_cir/methods/dqe_cir.py'),
                                          'dqe_cir.methods.dqe_cir.DQECIR.pair_terms': ( 'methods/dqe_cir.html#dqecir.pair_terms',
                                                                                         'dqe_cir/methods/dqe_cir.py'),
+                                         'dqe_cir.methods.dqe_cir.check_columns': ( 'methods/dqe_cir.html#check_columns',
+                                                                                    'dqe_cir/methods/dqe_cir.py'),
                                          'dqe_cir.methods.dqe_cir.check_own': ( 'methods/dqe_cir.html#check_own',
                                                                                 'dqe_cir/methods/dqe_cir.py'),
                                          'dqe_cir.methods.dqe_cir.checked_attributes': ( 'methods/dqe_cir.html#checked_attributes',
