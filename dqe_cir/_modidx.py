@@ -882,6 +882,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'dqe_cir/methods/parts.py'),
                                        'dqe_cir.methods.parts.StillImages.train': ( 'methods/parts.html#stillimages.train',
                                                                                     'dqe_cir/methods/parts.py'),
+                                       'dqe_cir.methods.parts.either_order': ( 'methods/parts.html#either_order',
+                                                                               'dqe_cir/methods/parts.py'),
                                        'dqe_cir.methods.parts.freeze_last_words': ( 'methods/parts.html#freeze_last_words',
                                                                                     'dqe_cir/methods/parts.py'),
                                        'dqe_cir.methods.parts.halves': ('methods/parts.html#halves', 'dqe_cir/methods/parts.py'),
