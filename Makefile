@@ -21,7 +21,7 @@ export NPM_CONFIG_CACHE := $(CURDIR)/.cache/npm
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train evaluate pretrain test test-browser browser lab app clean constraints FORCE
+.PHONY: help train evaluate pretrain test test-browser browser lab app docs wheel clean constraints FORCE
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -57,8 +57,15 @@ app: $(INSTALLED) ## open the search page as an app without code
 	@$(BIN)/python -c 'import voila' 2>/dev/null || $(BIN)/python -m pip install voila==0.5.13 -c constraints.txt
 	$(BIN)/voila nbs/search.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True $(ARGS)
 
-clean: ## remove .venv and every cache; data/ and runs/ stay
-	rm -rf .venv .cache .pytest_cache .hypothesis build dist *.egg-info
+docs: $(INSTALLED) ## build the documentation in _docs/ from the notebooks; open _docs/index.html
+	@$(BIN)/python docs/build.py _docs
+
+wheel: $(INSTALLED) ## build the package as a wheel in dist/
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean: ## remove .venv, the built site and every cache; data/ and runs/ stay
+	rm -rf .venv .cache .pytest_cache .hypothesis _docs build dist *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # A second run installs nothing. An environment left half-made, moved, or without its Python is made again.

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODES', 'LEXICON_VERSION', 'LEXICON', 'unit', 'join_states', 'aligned_target', 'TokenWeights', 'ComposedQuery',
-           'AttributeWeights', 'speaks_of']
+           'AttributeWeights', 'speaks_of', 'lexicon_record']
 
 # %% ../nbs/ideas/04_attributes.ipynb #e92941ba
-import math, re
+import hashlib, math, re
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/ideas/04_attributes.ipynb #5dbc2a7e
-def unit(vectors: Tensor) -> Tensor: return F.normalize(vectors, dim=-1, eps=1e-6)
+def unit(vectors: Tensor) -> Tensor:
+    "Vectors (...,D) at length one; zeros stay zeros."
+    return F.normalize(vectors, dim=-1, eps=1e-6)
 
 def join_states(projected: Tensor, weights: Tensor, aligned: bool) -> Tensor:
     "States (B,T,D) and weights (B,T) that sum to 1, to unit queries: (B,D) averaged, or (B,T*D) aligned."
@@ -36,17 +38,14 @@ class TokenWeights(nn.Module):
         super().__init__()
         key = min(key, hidden)
         self.states, self.norm = nn.Linear(hidden, key, bias=False), nn.LayerNorm(hidden)
-        self.base, self.text = nn.Parameter(0.02 * torch.randn(attributes, key)), nn.Parameter(
-            torch.zeros(attributes, key, hidden)
-        )
+        self.base = nn.Parameter(0.02 * torch.randn(attributes, key))
+        self.text = nn.Parameter(torch.zeros(attributes, key, hidden))
 
     def forward(self, fused: Tensor, text: Tensor) -> Tensor:
+        "Weights (B,A,T), each row of T summing to 1."
         keys = self.base + torch.einsum("amh,bh->bam", self.text, text)
-        return (
-            torch.einsum("btm,bam->bat", self.states(self.norm(fused)), keys)
-            .div(math.sqrt(keys.shape[-1]))
-            .softmax(-1)
-        )
+        fit = torch.einsum("btm,bam->bat", self.states(self.norm(fused)), keys)
+        return fit.div(math.sqrt(keys.shape[-1])).softmax(-1)
 
 # %% ../nbs/ideas/04_attributes.ipynb #af217a93
 @dataclass
@@ -64,13 +63,8 @@ MODES = ("learned", "off", "fixed_gate", "token_only", "gate_only")
 class AttributeWeights(nn.Module):
     "Fused states and text to a query with attribute sub-queries. `mode` switches parts off, for ablation."
 
-    def __init__(
-        self,
-        projection: nn.Linear,
-        attributes: tuple[str, ...] = ("colour", "shape"),
-        mode: str = "learned",
-        aligned: bool = False,
-    ):
+    def __init__(self, projection: nn.Linear, attributes: tuple[str, ...] = ("colour", "shape"),
+                 mode: str = "learned", aligned: bool = False):
         super().__init__()
         if mode not in MODES: raise ValueError(f"attribute mode {mode!r} is not one of {', '.join(MODES)}")
         hidden, dimension, count = projection.in_features, projection.out_features, len(attributes)
@@ -88,11 +82,8 @@ class AttributeWeights(nn.Module):
         attention = self.token_weights(fused, text)
         uniform = torch.full_like(attention[:, 0], 1 / fused.shape[1])
         base = join_states(projected, uniform, self.aligned)
-        parts = torch.stack(
-            [self.part(fused, projected, attention[:, a], a) for a in range(len(self.attributes))],
-            dim=1,
-        )
-        gate = self.shares(text)
+        each = [self.part(fused, projected, attention[:, a], a) for a in range(len(self.attributes))]
+        parts, gate = torch.stack(each, dim=1), self.shares(text)
         mixed = unit((gate.unsqueeze(-1) * torch.cat([base.unsqueeze(1), parts], dim=1)).sum(1))
         return ComposedQuery(base if self.mode == "off" else mixed, base, parts, gate, attention)
 
@@ -101,7 +92,8 @@ class AttributeWeights(nn.Module):
 def token_weights(self: AttributeWeights, fused: Tensor, text: Tensor) -> Tensor:
     "(B,A,T): learned, or uniform when the mode leaves only the gate."
     attention = self.weigh(fused, text)
-    return torch.full_like(attention, 1 / fused.shape[1]) if self.mode in ("off", "gate_only") else attention
+    if self.mode not in ("off", "gate_only"): return attention
+    return torch.full_like(attention, 1 / fused.shape[1])
 
 # %% ../nbs/ideas/04_attributes.ipynb #07c4e2a1
 @patch
@@ -114,26 +106,32 @@ def part(self: AttributeWeights, fused: Tensor, projected: Tensor, weights: Tens
 @patch
 def shares(self: AttributeWeights, text: Tensor) -> Tensor:
     "(B,1+A): learned from the text, or constant when the mode fixes the gate."
-    count = 1 + len(self.attributes)
+    rows, count = len(text), 1 + len(self.attributes)
     if self.mode == "off":
-        return F.one_hot(torch.zeros(len(text), dtype=torch.long, device=text.device), count).to(
-            text.dtype
-        )
-    if self.mode == "fixed_gate": return text.new_full((len(text), count), 1 / count)
-    if self.mode == "token_only": return self.gate.bias.softmax(-1).expand(len(text), -1)
+        plain = torch.zeros(rows, dtype=torch.long, device=text.device)
+        return F.one_hot(plain, count).to(text.dtype)
+    if self.mode == "fixed_gate": return text.new_full((rows, count), 1 / count)
+    if self.mode == "token_only": return self.gate.bias.softmax(-1).expand(rows, -1)
     return self.gate(text).softmax(-1)
 
 # %% ../nbs/ideas/04_attributes.ipynb #f4e9562c
 LEXICON_VERSION = 1
 LEXICON = {
-    "colour": """black white grey gray red crimson scarlet maroon burgundy yellow golden gold mustard green olive lime teal mint turquoise aqua blue navy
-        indigo purple violet lavender lilac pink rosy rose magenta fuchsia coral peach brown chocolate tan beige khaki cream ivory orange rust silver
-        bronze copper charcoal neon pastel off-white multicolored multicolor colorful darker lighter brighter paler dark light bright pale color colors
-        colored colour colours coloured shade tone hue""".split(),
-    "shape": """sleeve sleeves sleeved sleeveless strap straps strapless tank halter neck necks necked neckline v-neck crew-neck collar collared collarless
-        hem hemline length long longer short shorter cropped crop maxi midi mini knee ankle floor elbow wrist arms leg fitted fit fitting loose looser tight
-        tighter flowy flared flare slim baggy waist waisted waistline belt belted button buttons zipper hood hooded cut cutout shoulder shoulders bodice
-        skirt pleated ruffle ruffles ruffled shape silhouette a-line scoop turtleneck backless""".split(),
+    "colour": """
+        black white grey gray red crimson scarlet maroon burgundy yellow golden gold mustard green olive
+        lime teal mint turquoise aqua blue navy indigo purple violet lavender lilac pink rosy rose magenta
+        fuchsia coral peach brown chocolate tan beige khaki cream ivory orange rust silver bronze copper
+        charcoal neon pastel off-white multicolored multicolor colorful darker lighter brighter paler dark
+        light bright pale color colors colored colour colours coloured shade tone hue
+    """.split(),
+    "shape": """
+        sleeve sleeves sleeved sleeveless strap straps strapless tank halter neck necks necked neckline
+        v-neck crew-neck collar collared collarless hem hemline length long longer short shorter cropped
+        crop maxi midi mini knee ankle floor elbow wrist arms leg fitted fit fitting loose looser tight
+        tighter flowy flared flare slim baggy waist waisted waistline belt belted button buttons zipper hood
+        hooded cut cutout shoulder shoulders bodice skirt pleated ruffle ruffles ruffled shape silhouette
+        a-line scoop turtleneck backless
+    """.split(),
 }
 
 # %% ../nbs/ideas/04_attributes.ipynb #0ea654eb
@@ -143,3 +141,10 @@ def speaks_of(texts: list[str], attribute: str) -> Tensor:
     if words is None: raise ValueError(f"no word list for attribute {attribute!r}: add one to LEXICON")
     pattern = re.compile(r"(?<![\w-])(?:" + "|".join(map(re.escape, words)) + r")(?![\w-])")
     return torch.tensor([bool(pattern.search(text.lower())) for text in texts])
+
+# %% ../nbs/ideas/04_attributes.ipynb #41ba6997
+def lexicon_record() -> dict:
+    "What a run's record holds of the word lists: `lexicon_version`, and `lexicon_digest` of all words (hex)."
+    words = repr([(name, sorted(set(LEXICON[name]))) for name in sorted(LEXICON)])
+    digest = hashlib.blake2b(words.encode(), digest_size=6).hexdigest()
+    return {"lexicon_version": LEXICON_VERSION, "lexicon_digest": digest}

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DataError', 'checkout', 'data_folder', 'generator', 'resolve_device', 'scalars', 'checked', 'writable', 'replacing',
-           'write_json', 'append_jsonl', 'read_jsonl', 'environment', 'use_static_figures', 'smoke']
+           'write_json', 'append_jsonl', 'read_jsonl', 'environment', 'smoke', 'use_static_figures']
 
 # %% ../nbs/ideas/00_core.ipynb #d1f4da29
-import contextlib, dataclasses, hashlib, importlib.metadata, importlib.util, json, os, platform, subprocess, tempfile, time, typing
+import contextlib, dataclasses, hashlib, importlib.metadata, importlib.util, json
+import os, platform, subprocess, tempfile, time, typing
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ def data_folder() -> Path:
 
 # %% ../nbs/ideas/00_core.ipynb #884a57ef
 def generator(seed: int, *salt) -> torch.Generator:
-    "A CPU generator for one purpose: `generator(0, 'batches', epoch)` is independent of `generator(0, 'captions', epoch)`."
+    "A CPU generator for one purpose: `generator(0, 'batches', 3)` is unrelated to one for 'captions'."
     digest = hashlib.blake2b(repr((int(seed), *salt)).encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
@@ -40,9 +41,8 @@ def resolve_device(name: str = "auto") -> torch.device:
     available = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     if name == "auto": return torch.device(available[1] if len(available) > 1 else "cpu")
     if name.split(":")[0] not in available:
-        raise ValueError(
-            f"device {name!r} is not available here; available: {', '.join(available)}, or 'auto'"
-        )
+        known = ", ".join(available)
+        raise ValueError(f"device {name!r} is not available here; available: {known}, or 'auto'")
     return torch.device(name)
 
 # %% ../nbs/ideas/00_core.ipynb #21213318
@@ -74,15 +74,14 @@ def writable(folder: Path | str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as problem:
-        raise DataError(
-            f"{folder} cannot be written to ({problem.strerror}): make it writable, or name another folder"
-        ) from None
+        advice = "make it writable, or name another folder"
+        raise DataError(f"{folder} cannot be written to ({problem.strerror}): {advice}") from None
     return folder
 
 # %% ../nbs/ideas/00_core.ipynb #14afef61
 @contextlib.contextmanager
 def replacing(path: Path | str):
-    "A path beside `path` to write to; what lies there takes the place of `path` when the block ends without an error."
+    "A path beside `path` to write to; it takes the place of `path` when the block ends without an error."
     path = Path(path)
     part = writable(path.parent) / f".{path.name}.{os.getpid()}.part"
     try:
@@ -106,38 +105,40 @@ def write_json(path: Path, value) -> Path:
 # %% ../nbs/ideas/00_core.ipynb #226192ff
 def append_jsonl(path: Path, **event) -> None:
     "Append one event as a JSON line."
-    with (writable(Path(path).parent) / Path(path).name).open("a") as file:
-        file.write(json.dumps(event) + "\n")
+    path = Path(path)
+    with (writable(path.parent) / path.name).open("a") as file: file.write(json.dumps(event) + "\n")
 
 # %% ../nbs/ideas/00_core.ipynb #dab9cad5
 def read_jsonl(path: Path) -> list[dict]:
-    "All events of a file. A last line cut off by a crash is left out; a broken line elsewhere raises `DataError`."
+    "All events of a file but a last line cut off by a crash; a broken line elsewhere raises `DataError`."
     lines = Path(path).read_text().split("\n")
     events = []
     for number, line in enumerate(lines, 1):
+        if not line: continue
         try:
-            events += [json.loads(line)] if line else []
+            events.append(json.loads(line))
         except json.JSONDecodeError:
-            if number < len(lines):
-                raise DataError(
-                    f"{path}, line {number}, is not JSON: delete that line or the file"
-                ) from None
+            if number == len(lines): break
+            raise DataError(f"{path}, line {number}, is not JSON: delete that line or the file") from None
     return events
 
 # %% ../nbs/ideas/00_core.ipynb #c6ae6f2e
 def environment() -> dict:
     "Versions, platform and commit (`+edited` when tracked files differ) for a record."
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "transformers", "numpy", "pillow")
-    }
-    git = lambda *words: subprocess.run(
-        ["git", "-C", str(checkout()), *words], capture_output=True, text=True
-    ).stdout.strip()
+    names = ("torch", "transformers", "numpy", "pillow")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    def git(*words):
+        command = ["git", "-C", str(checkout()), *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     commit = git("rev-parse", "--short=12", "HEAD") if checkout() else ""
     if commit and git("status", "--porcelain", "--untracked-files=no"): commit += "+edited"
     return {**versions, "python": platform.python_version(), "machine": platform.machine(),
             "commit": commit or None, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+# %% ../nbs/ideas/00_core.ipynb #b90faf1d
+def smoke() -> bool:
+    "True while `nbdev_test` runs the notebook."
+    return bool(os.environ.get("IN_TEST"))
 
 # %% ../nbs/ideas/00_core.ipynb #2698083a
 def use_static_figures() -> str:
@@ -151,8 +152,3 @@ def use_static_figures() -> str:
         kaleido.start_sync_server(silence_warnings=True)  # one browser for all figures
     pio.renderers.default = "plotly_mimetype+png" if static else "plotly_mimetype"
     return pio.renderers.default
-
-# %% ../nbs/ideas/00_core.ipynb #b90faf1d
-def smoke() -> bool:
-    "True while `nbdev_test` runs the notebook."
-    return bool(os.environ.get("IN_TEST"))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # %% ../nbs/ideas/01_retrieval.ipynb #83327e25
 def check_embeddings(name: str, embeddings: Tensor, shape: str) -> None:
-    "Raise `ValueError` naming the shape when a dimension is 0 or too many, or the first row that holds NaN or infinity."
+    "Raise `ValueError` naming a shape that is empty or not `shape`, or the first row with NaN or infinity."
     letters = shape.strip("()").split(",")
     empty = any(size == 0 for size in embeddings.shape[1:])
     if embeddings.dim() != len(letters) or empty or (name == "gallery" and len(embeddings) == 0):
@@ -24,13 +24,12 @@ def check_embeddings(name: str, embeddings: Tensor, shape: str) -> None:
 
 # %% ../nbs/ideas/01_retrieval.ipynb #c9ebc3e7
 def check_index(name: str, index: Tensor, scores: Tensor) -> Tensor:
-    "`index` (Q,) as int64 on the device of `scores` (Q,N), or `ValueError` naming the row that points outside 0..N-1."
+    "`index` (Q,) as int64 on the device of `scores` (Q,N); `ValueError` names a row outside 0..N-1."
     queries, images = scores.shape
     index = torch.as_tensor(index, device=scores.device)
     if index.shape != (queries,) or index.dtype.is_floating_point or index.dtype == torch.bool:
-        raise ValueError(
-            f"{name} must hold {queries} integers, one per query, not {tuple(index.shape)} {index.dtype}"
-        )
+        found = f"{tuple(index.shape)} {index.dtype}"
+        raise ValueError(f"{name} must hold {queries} integers, one per query, not {found}")
     outside = ((index < 0) | (index >= images)).nonzero()
     if len(outside):
         row = outside[0].item()
@@ -46,7 +45,7 @@ def block_shape(queries: int, tokens: int, block_bytes: int) -> tuple[int, int]:
 
 # %% ../nbs/ideas/01_retrieval.ipynb #bafcd732
 def best_token(query: Tensor, gallery: Tensor, block_bytes: int) -> Tensor:
-    "Scores (Q,N) of queries (Q,D) by the best of each image's T tokens, gallery (N,T,D); on the device and in the type of `query`."
+    "Scores (Q,N) of queries (Q,D) by each image's best token, gallery (N,T,D); type and device of `query`."
     tokens = gallery.shape[1]
     rows, columns = block_shape(len(query), tokens, block_bytes)
     scores = query.new_empty(len(query), len(gallery))
@@ -74,9 +73,8 @@ def check_pair(query: Tensor, gallery: Tensor, reduce: str) -> None:
     check_embeddings("query", query, "(Q,D)")
     check_embeddings("gallery", gallery, "(N,T,D)" if gallery.dim() == 3 else "(N,D)")
     if query.shape[-1] != gallery.shape[-1]:
-        raise ValueError(
-            f"query {tuple(query.shape)} and gallery {tuple(gallery.shape)} differ in the last dimension"
-        )
+        shapes = f"query {tuple(query.shape)} and gallery {tuple(gallery.shape)}"
+        raise ValueError(f"{shapes} differ in the last dimension")
     if reduce not in ("max", "mean"): raise ValueError(f"reduce={reduce!r} must be 'max' or 'mean'")
 
 # %% ../nbs/ideas/01_retrieval.ipynb #f1b89461
@@ -102,14 +100,12 @@ def target_scores(scores: Tensor, target: Tensor, exclude: Tensor | None) -> tup
     exclude = check_index("exclude", exclude, scores)
     same = (target == exclude).nonzero()
     if len(same):
-        raise ValueError(
-            f"the target of query {same[0].item()} is the image that its ranking excludes"
-        )
+        raise ValueError(f"the target of query {same[0].item()} is the image that its ranking excludes")
     return scores.gather(1, target[:, None]), scores.gather(1, exclude[:, None])
 
 # %% ../nbs/ideas/01_retrieval.ipynb #d76b316c
 def ranks(scores: Tensor, target: Tensor, exclude: Tensor | None = None) -> Tensor:
-    "Rank (Q,) of each target, 1 is best: one more than the images with a strictly higher score, `exclude` (Q,) left out."
+    "Rank (Q,) of each target: 1 plus the images with a strictly higher score, `exclude` (Q,) left out."
     wanted, removed = target_scores(scores, target, exclude)
     higher = (scores > wanted).sum(1)
     if removed is not None: higher -= (removed > wanted).sum(1)
@@ -136,13 +132,11 @@ def best_of_row(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, order)
 
 # %% ../nbs/ideas/01_retrieval.ipynb #bbe79b6a
-def best_of_stream(
-    query: Tensor, gallery: Tensor, k: int, exclude: Tensor | None, reduce: str, stretch: int
-) -> tuple[Tensor, Tensor]:
+def best_of_stream(query: Tensor, gallery: Tensor, k: int, exclude: Tensor | None, reduce: str,
+                   stretch: int) -> tuple[Tensor, Tensor]:
     "`top_k` of one block of queries, `stretch` images at a time; a row of `exclude` never appears."
-    values, indices = torch.empty(len(query), 0, device=query.device), torch.empty(
-        len(query), 0, dtype=torch.int64, device=query.device
-    )
+    values = torch.empty(len(query), 0, device=query.device)
+    indices = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(gallery), stretch):
         scores = score_blocks(query, gallery[start:start + stretch], reduce)
         columns = torch.arange(start, start + scores.shape[1], device=query.device).expand_as(scores)
@@ -161,25 +155,15 @@ def top_k(
     exclude: Tensor | None = None,  # (Q,) the image left out of each ranking
     reduce: str = "max",
 ) -> tuple[Tensor, Tensor]:  # scores (Q,k), indices (Q,k)
-    "The `k` best images of each query, best first, ties by lower index. Scores as in `similarity`; never holds (Q,N)."
+    "The `k` best images, best first, ties by lower index; scored as in `similarity`, never holding (Q,N)."
     check_pair(query, gallery, reduce)
     available = len(gallery) - (exclude is not None)
     if not 1 <= k <= available: raise ValueError(f"k={k}, but {available} images can be ranked")
     if exclude is not None:
-        exclude = check_index(
-            "exclude", exclude, query.new_empty(1).expand(len(query), len(gallery))
-        )
-    rows, stretch = 512, max(k, 16384)
-    parts = [
-        best_of_stream(
-            query[i : i + rows],
-            gallery,
-            k,
-            None if exclude is None else exclude[i : i + rows],
-            reduce,
-            stretch,
-        )
-        for i in range(0, max(len(query), 1), rows)
-    ]
+        exclude = check_index("exclude", exclude, query.new_empty(1).expand(len(query), len(gallery)))
+    rows, stretch, parts = 512, max(k, 16384), []
+    for start in range(0, max(len(query), 1), rows):
+        out = None if exclude is None else exclude[start:start + rows]
+        parts.append(best_of_stream(query[start:start + rows], gallery, k, out, reduce, stretch))
     values, indices = zip(*parts)
     return torch.cat(values), torch.cat(indices)

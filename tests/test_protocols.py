@@ -14,11 +14,11 @@ from dqe_cir.core import generator
 from dqe_cir.data import CIRDataset, Triplet
 from dqe_cir.evaluator import GalleryScores, PROTOCOLS, Protocol, evaluate, evaluate_scores, protocol_for
 from dqe_cir.evaluator import submissions, write_submission
-from dqe_cir.evaluator.protocols import PRESETS
+from dqe_cir.evaluator.protocols import named_protocols
 from dqe_cir.methods import Method
 
 CATEGORIES = ("dress", "shirt", "toptee")
-OURS = {"original_split": "clip4cir", "original_split_without_reference": "covr", "union_split_without_reference": "mgur"}
+FASHIONIQ_RULES = named_protocols("fashioniq")
 
 
 class Stored(Method):
@@ -64,9 +64,9 @@ def fashioniq(arrays, categories=CATEGORIES, gallery="{}_gallery", query="{}_que
     return CIRDataset("fashioniq", "val", triplets, galleries, Path(".")), queries, Features(images)
 
 
-@pytest.mark.parametrize("name, rules", [("original_split", PRESETS["fashioniq"]["sprc"]), ("original_split_without_reference", PRESETS["fashioniq"]["covr"]),
-                                         ("original_split_without_reference", PRESETS["fashioniq"]["cosmo"]), ("union_split", protocol_for("fashioniq", gallery="val_union")),
-                                         ("union_split_without_reference", PRESETS["fashioniq"]["mgur"])])
+@pytest.mark.parametrize("name, rules", [("original_split", FASHIONIQ_RULES["sprc"]), ("original_split_without_reference", FASHIONIQ_RULES["covr"]),
+                                         ("original_split_without_reference", FASHIONIQ_RULES["cosmo"]), ("union_split", protocol_for("fashioniq", gallery="val_union")),
+                                         ("union_split_without_reference", FASHIONIQ_RULES["mgur"])])
 def test_fashioniq_by_the_rules_of_each_system(golden, name, rules):
     arrays, expected = load(golden, "fashioniq_metrics")
     dataset, queries, images = fashioniq(arrays)
@@ -234,20 +234,20 @@ def test_circo_submission_removes_the_reference_or_keeps_it():
     assert list(removed) == [str(i) for i in range(800)] and all(len(row) == 50 for row in removed.values())
     for i, triplet in enumerate(dataset.triplets):
         assert kept[str(i)][0] == int(triplet.reference) and removed[str(i)][:49] == kept[str(i)][1:]
-    assert list(submissions(method, dataset, images, PRESETS["circo"]["qure"])) == ["submission-circo-test-kept-a_photo_of_that_caption.json"]
+    assert list(submissions(method, dataset, images, named_protocols("circo")["qure"])) == ["submission-circo-test-kept-a_photo_of_that_caption.json"]
     assert set(method.asked) == {("is red",), ("a photo of $ that is red",)}
 
 
 # ---- rules in words, and refusals
 
 def test_every_protocol_has_its_own_sentence_and_label():
-    rules = {r for group in PRESETS.values() for r in group.values()} | {r for r in PROTOCOLS.values() if r.dataset != "hp_fashioniq"}
-    assert len({(r.dataset, r.sentence(9)) for r in rules}) == len({(r.dataset, r.label()) for r in rules}) == len(rules) == 8
+    rules = {r for name in PROTOCOLS for r in named_protocols(name).values()} | set(PROTOCOLS.values())
+    assert len({(r.dataset, r.sentence(9)) for r in rules}) == len({(r.dataset, r.label()) for r in rules}) == len(rules) == 9
     assert PROTOCOLS["fashioniq"].sentence(9) == "original split as gallery, by category, reference kept, both captions joined"
 
 
 @pytest.mark.parametrize("dataset, options, message", [
-    ("imagenet", {}, "unknown dataset 'imagenet'; choose one of garments, fashioniq, cirr, circo, hp_fashioniq"),
+    ("imagenet", {}, "unknown dataset 'imagenet'; choose one of fashioniq, cirr, circo, hp_fashioniq, garments"),
     ("fashioniq", {"preset": "blip"}, "fashioniq has no protocol 'blip'; choose one of clip4cir"), ("cirr", {"preset": "qure"}, "cirr has no protocol 'qure'; leave it empty"),
     ("circo", {"gallery": "val_union"}, "circo has no choice of gallery; it has exclude_reference, prompt"),
     ("garments", {"exclude_reference": True}, "garments has no choice of exclude_reference; it has one protocol"),

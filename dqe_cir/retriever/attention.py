@@ -8,20 +8,19 @@ __all__ = ['attribute_maps', 'as_grid', 'as_seen', 'overlay', 'map_sheet', 'gate
 # %% ../../nbs/retriever/01_attention.ipynb #b19bdb24
 import math, textwrap
 
-import numpy as np
 import plotly.graph_objects as go
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..data.pictures import CLIP_MEAN, CLIP_STD, target_pad
+from ..data.pictures import CLIP_MEAN, CLIP_STD
 from ..encoder.blip2 import cross_attention
 from ..show.figures import COLOURS
 
 # %% ../../nbs/retriever/01_attention.ipynb #2f1fd435
 @torch.no_grad()
 def attribute_maps(method, tokens: Tensor, texts: list[str]) -> Tensor:
-    "Where each sub-query of a `DQECIR` looks: (B,A,P) from picture tokens (B,1+P,W) and B texts; each map sums to 1."
+    "Where each sub-query of a `DQECIR` looks: (B,A,P), each map summing to 1; tokens (B,1+P,W), B texts."
     looks = cross_attention(method.encoder, tokens, texts)[..., 1:]
     maps = torch.einsum("bat,btp->bap", method.composed(tokens, texts).attention, looks)
     return maps / maps.sum(-1, keepdim=True)
@@ -35,68 +34,44 @@ def as_grid(maps: Tensor) -> Tensor:
     return maps.unflatten(-1, (side, side))
 
 # %% ../../nbs/retriever/01_attention.ipynb #bb1601ba
-def as_seen(picture: Image.Image, size: int) -> Image.Image:
-    "The square of a picture that reaches the encoder."
-    pixels = (
-        target_pad(picture, size=size) * torch.tensor(CLIP_STD)[:, None, None]
-        + torch.tensor(CLIP_MEAN)[:, None, None]
-    )
+def as_seen(picture: Image.Image, encoder) -> Image.Image:
+    "The square of a picture that reaches a BLIP-2 encoder, as 8-bit RGB."
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    pixels = encoder.transform(picture) * deviation + mean
     return Image.fromarray((255 * pixels.clamp(0, 1)).round().byte().permute(1, 2, 0).numpy())
 
 # %% ../../nbs/retriever/01_attention.ipynb #85a42e38
 def overlay(picture: Image.Image, grid: Tensor) -> Image.Image:
-    "A picture reddened where a map (G,G) holds more than its even share; full red from three times that share on."
+    "A picture reddened where a map (G,G) holds more than its even share; full red from three times that on."
     strength = ((grid * grid.numel() - 1) / 2).clamp(0, 1)
-    heat = Image.fromarray((200 * strength).round().byte().cpu().numpy()).resize(
-        picture.size, Image.Resampling.BILINEAR
-    )
+    heat = Image.fromarray((200 * strength).round().byte().cpu().numpy())
+    heat = heat.resize(picture.size, Image.Resampling.BILINEAR)
     return Image.composite(Image.new("RGB", picture.size, "#ff0000"), picture.convert("RGB"), heat)
 
 # %% ../../nbs/retriever/01_attention.ipynb #57633019
-def map_sheet(
-    method, pictures: list[Image.Image], tokens: Tensor, texts: list[str], side: int = 96
-) -> Image.Image:
+def map_sheet(method, pictures: list[Image.Image], tokens: Tensor, texts: list[str], side=96) -> Image.Image:
     "One row per picture and text: the text, the picture, and the picture under the map of each attribute."
     names, words, gap = ("picture", *method.compose.attributes), 170, 6
     sheet = Image.new("RGB", (words + len(names) * (side + gap), 20 + len(texts) * (side + gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     for column, name in enumerate(names):
         draw.text((words + column * (side + gap), 2), name, fill="#555555", font=font)
-    for row, (picture, text, grids) in enumerate(
-        zip(pictures, texts, as_grid(attribute_maps(method, tokens, texts)))
-    ):
-        y, seen = 20 + row * (side + gap), as_seen(picture, method.encoder.image_size)
-        draw.multiline_text(
-            (0, y + 6), "\n".join(textwrap.wrap(text, 26)[:5]), fill="black", font=font, spacing=2
-        )
-        for column, view in enumerate((seen, *(overlay(seen, grid) for grid in grids))):
-            sheet.paste(
-                view.resize((side, side), Image.Resampling.BICUBIC),
-                (words + column * (side + gap), y),
-            )
+    grids = as_grid(attribute_maps(method, tokens, texts))
+    for row, (picture, text) in enumerate(zip(pictures, texts)):
+        y, seen = 20 + row * (side + gap), as_seen(picture, method.encoder)
+        lines = "\n".join(textwrap.wrap(text, 26)[:5])
+        draw.multiline_text((0, y + 6), lines, fill="black", font=font, spacing=2)
+        for column, view in enumerate((seen, *(overlay(seen, grid) for grid in grids[row]))):
+            view = view.resize((side, side), Image.Resampling.BICUBIC)
+            sheet.paste(view, (words + column * (side + gap), y))
     return sheet
 
 # %% ../../nbs/retriever/01_attention.ipynb #02594d2d
 def gate_figure(shares: dict[str, list[float]], parts: tuple[str, ...], title: str) -> go.Figure:
-    "Bars of the gate: name of a bar to its shares, one per part; the shares of a bar sum to 1."
-    figure = go.Figure(
-        layout=dict(
-            title=title,
-            barmode="stack",
-            template="plotly_white",
-            width=640,
-            height=120 + 34 * len(shares),
-            xaxis_title="share of the final query",
-            margin=dict(l=170, r=20, t=50, b=45),
-            yaxis_autorange="reversed",
-        )
-    )
+    "Stacked bars: name of a bar to its shares, one per part of the query; the shares of a bar sum to 1."
+    figure = go.Figure(layout=dict(title=title, barmode="stack", template="plotly_white"))
     for place, (part, colour) in enumerate(zip(parts, ("#c9d3df", *COLOURS[1:]))):
-        figure.add_bar(
-            y=list(shares),
-            x=[round(float(share[place]), 4) for share in shares.values()],
-            name=part,
-            orientation="h",
-            marker_color=colour,
-        )
-    return figure
+        values = [round(float(share[place]), 4) for share in shares.values()]
+        figure.add_bar(y=list(shares), x=values, name=part, orientation="h", marker_color=colour)
+    figure.update_layout(width=640, height=120 + 34 * len(shares), margin=dict(l=170, r=20, t=50, b=45))
+    return figure.update_layout(xaxis_title="share of the final query", yaxis_autorange="reversed")

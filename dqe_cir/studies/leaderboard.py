@@ -17,6 +17,7 @@ from IPython.display import Markdown
 from .ablation import Job, StudyConfig, finding, outcome, paired, study_jobs, summary_table
 from .ablation import values_of
 from ..core import checked, checkout
+from ..data.datasets import SPECS
 from ..methods.zoo import METHODS
 from ..show.figures import point_figure
 from ..trainer.config import train_config
@@ -65,7 +66,9 @@ def leaderboard_config(values: dict) -> LeaderboardConfig:
         raise ValueError(
             f"factors={config.factors!r} must be positive numbers with commas between, such as 0.5,1"
         )
-    if config.searches and config.dataset != "garments":
+    if config.dataset not in SPECS:
+        raise ValueError(f"unknown dataset {config.dataset!r}; known: {', '.join(SPECS)}")
+    if config.searches and "dev" not in SPECS[config.dataset].held_out:
         raise ValueError(
             f"{config.dataset} has no dev queries to choose a rate on: give lr and -p rates preset"
         )

@@ -15,13 +15,13 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from ...core import DataError
 from ...data.pictures import target_pad
-from ..blip2 import MINI, tower_fingerprint
+from ..blip2 import MINI, Blip2Encoder
 
 # %% ../../../nbs/encoder/native/01_base.ipynb #98830261
 class NativeEncoder(nn.Module):
     "The common part: pixels as tokens, unless a subclass has a frozen `vision_tower`."
     transform_name = "target_pad 1.25"
-    fingerprint = tower_fingerprint
+    tower_fingerprint = Blip2Encoder.tower_fingerprint
 
     def __init__(self, image_size: int, tokenizer=None, longest: int = 77):
         super().__init__()

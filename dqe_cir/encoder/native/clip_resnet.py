@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import cached_file
 
-from ..checkpoints import SUFFIXES, TOWER_NAMES, matched, numbers, read_tensors, shape_of
+from ..checkpoints import TOWER_NAMES, is_weight_file, matched, numbers, read_tensors, shape_of
 from ...core import DataError
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #560c57e3
@@ -225,7 +225,7 @@ def clip_words(name: str, end: int) -> CLIPTokenizer:
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #b86728b9
 def load_clip_resnet(name: str) -> tuple[ClipResNet, CLIPTokenizer] | None:
     "The model and its words, of a file, a folder or a hub id; None where it is no CLIP with a ResNet in the layout of this page."
-    alone = Path(name).suffix in SUFFIXES and not Path(name).is_dir()
+    alone = is_weight_file(name)
     place = str(Path(name).parent) if alone else name
     about = part_of(place, ABOUT)
     try:
