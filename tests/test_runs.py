@@ -1,10 +1,14 @@
 "The runners from the outside: sample data are called sample, wrong values stop a run, one seed gives one result."
+import ast
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 
@@ -12,7 +16,8 @@ from dqe_cir.data import load_dataset
 from dqe_cir.encoder import cache_tokens
 from dqe_cir.evaluator import evaluate
 from dqe_cir.methods import METHODS
-from dqe_cir.trainer import build_method, fit, load_run, open_run, train_config, training_set
+from dqe_cir.trainer import TrainConfig, build_method, fit, load_run, open_run, train_config, training_set
+from dqe_cir.trainer.config import options_of, sometimes_read
 from dqe_cir.trainer.loop import SMOKE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,3 +81,35 @@ def test_one_seed_one_result(home, tmp_path, method):
     (first, metrics), (again, same), (other, different) = (trained(tmp_path / name, seed, method) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert metrics == same and all(torch.equal(first[name], again[name]) for name in first)
     assert metrics != different and any(not torch.equal(first[name], other[name]) for name in first)
+
+
+# ---- the parameters cell of nbs/train.ipynb
+
+def parameter_groups():
+    "The groups of the cell: heading -> {name: (type, default)}."
+    cells = nbformat.read(ROOT / "nbs" / "train.ipynb", 4).cells
+    cell = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    groups = {}
+    for text in cell.split("\n\n"):
+        heading, *lines = text.splitlines()
+        assert heading.startswith("# "), f"a group without a heading: {heading}"
+        groups[heading] = {node.target.id: (node.annotation.id, ast.literal_eval(node.value)) for node in ast.parse("\n".join(lines)).body}
+    return groups
+
+
+def test_the_cell_holds_every_parameter_with_its_type_and_default():
+    cell = [(name, *rest) for group in parameter_groups().values() for name, rest in group.items()]
+    fields = [(field.name, str(getattr(field.type, "__name__", field.type)).removesuffix(" | None"), field.default) for field in dataclasses.fields(TrainConfig)]
+    assert sorted(cell, key=str) == sorted(fields, key=str)
+
+
+@pytest.mark.parametrize("heading", list(parameter_groups()))
+def test_a_heading_names_exactly_the_methods_that_read_its_parameters(heading):
+    "`read by X only` and `read by X and Y` are true of every parameter below; what stands elsewhere is read by every run."
+    said = re.search(r"read by (.+?)(?: only)?$", heading)
+    named = set(re.split(r", | and ", said[1])) if said else set()
+    assert named <= set(METHODS)
+    for name in parameter_groups()[heading]:
+        assert (name in sometimes_read()) == bool(named), f"{name} under {heading!r}"
+        for form in (lambda method: method, lambda method: method.native or method):
+            assert {method for method, kind in METHODS.items() if name in options_of(form(kind))} == named, f"{name} under {heading!r}"

@@ -6,7 +6,7 @@
 __all__ = ['SMOKE', 'epoch_steps', 'train_epoch', 'tower_aside', 'restart', 'one_epoch', 'tidy', 'finish', 'fit', 'smoke_run']
 
 # %% ../../nbs/trainer/06_loop.ipynb #11523d9f
-import contextlib, math
+import contextlib
 from pathlib import Path
 
 import torch
