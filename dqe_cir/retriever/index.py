@@ -319,8 +319,8 @@ def write_index(self: Retriever, folder: Path | str) -> None:
     if not isinstance(self.files, DrawnOnDemand):
         about["root"] = str(self.root)
         about["files"] = [os.path.relpath(self.files[name], self.root) for name in self.ids]
-    with replacing(folder / "index.safetensors") as part:
-        save_file({"embeddings": self.embeddings.half().contiguous()}, part, {"keys": digest_of(self.keys)})
+    with replacing(folder / "index.safetensors") as fresh:
+        save_file({"embeddings": self.embeddings.half().contiguous()}, fresh, {"keys": digest_of(self.keys)})
     write_json(folder / "index.json", about)
 
 # %% ../../nbs/retriever/04_index.ipynb #041caea3
