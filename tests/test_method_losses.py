@@ -1,6 +1,7 @@
 "The losses of the published systems against loops, and against values and gradients of their own programs."
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -90,6 +91,21 @@ def test_reversed_info_nce_is_the_loop(group, seed):
         scores = {j: 10 * (unit(texts[i] + target[j]) @ reference[i]) for j in range(len(group)) if j == i or group[j] != group[i]}
         losses.append(sum(score.exp() for score in scores.values()).log() - scores[i])
     assert_close(reversed_info_nce(back, reference, torch.tensor(group), scale=10.0), torch.stack(losses))
+
+
+@pytest.mark.parametrize("query, target", [((4, 5), (3, 5)), ((3, 5), (4, 5)), ((4, 5), (4, 1)), ((4, 5), (5,)), ((4, 2, 5), (4, 2, 5))])
+def test_vectors_of_other_shapes_are_refused_with_both(query, target):
+    "Some of them einsum would stretch, and some info_nce would take for further wrong answers."
+    one, other = torch.zeros(query), torch.zeros(target)
+    for loss in (batch_classification, hn_nce, aleatoric, lambda q, t: batch_aleatoric(q, t, q, 0.5)):
+        with pytest.raises(ValueError, match=rf"must be \(B,D\) alike, not {re.escape(f'{query} and {target}')}|alike, not {re.escape(f'{query} and {query}')}"):
+            loss(one, other)
+
+
+@pytest.mark.parametrize("back, reference", [((4, 4, 5), (3, 5)), ((4, 3, 5), (4, 5)), ((4, 6, 5), (4, 5)), ((4, 4, 1), (4, 5)), ((4, 5), (4, 5))])
+def test_the_way_back_needs_every_pair(back, reference):
+    message = re.escape(f"back must be (B,B,D) and reference (B,D), not {back} and {reference}")
+    with pytest.raises(ValueError, match=message): reversed_info_nce(torch.zeros(back), torch.zeros(reference))
 
 
 @given(groups, seeds)

@@ -1,4 +1,5 @@
-"Every method of the zoo answers the questions of `check_method`; QuRe and SPRC against figures of their own programs."
+"Every method answers the questions of `check_method` and declares what it reads; QuRe and SPRC against figures of their own programs."
+import dataclasses
 import json
 import re
 
@@ -14,12 +15,102 @@ from dqe_cir.methods import METHODS
 from dqe_cir.methods import Batch
 from dqe_cir.trainer import check_method
 from dqe_cir.trainer import NegativePool
-from dqe_cir.methods.parts import read_text
-from dqe_cir.trainer import TrainingSet, train_config
+from dqe_cir.methods.parts import LearnedTemperature, read_text
+from dqe_cir.trainer import TrainConfig, TrainingSet, train_config
 
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_is_a_method(name): check_method(METHODS[name], method=name)
+
+
+# ---- declarations
+
+FORMS = [form for method in METHODS.values() for form in (method, method.native) if form]
+FIELDS = {field.name for field in dataclasses.fields(TrainConfig)}
+OF_EVERY_RUN = {"dataset", "method", "form", "encoder", "seed", "epochs", "lr", "head_rate", "batch_size"}
+
+
+class Watched:
+    "A run's parameters that remembers which of them were read."
+    def __init__(self, config): self.config, self.read = config, set()
+
+    def __getattr__(self, name):
+        self.read.add(name)
+        return getattr(self.config, name)
+
+
+def name_of(form): return next(name for name, method in METHODS.items() if form in (method, method.native))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_options_are_what_a_method_reads(form):
+    config = Watched(train_config(dict(method=name_of(form), device="cpu")))
+    form.from_config(form.load_encoder("mini", device="cpu"), config)
+    assert config.read - OF_EVERY_RUN == set(form.options)
+    assert len(set(form.options)) == len(form.options)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_what_authors_used_are_parameters_of_every_run(form):
+    assert set(form.published) <= {"fashioniq", "cirr"} and form.published == METHODS[name_of(form)].published
+    for schedule in form.published.values(): assert set(schedule) <= {"epochs", "lr", "batch_size", "head_rate"}
+
+
+def test_every_published_system_says_what_its_authors_used():
+    assert {name for name, method in METHODS.items() if not method.published} == {"info_nce"}
+    assert METHODS["covr"].published["cirr"] == dict(epochs=6, lr=1e-4, batch_size=1024)
+    assert METHODS["bi_blip4cir"].published["fashioniq"]["head_rate"] == 0.4
+
+
+@pytest.mark.parametrize("method, options, complaint", [
+    ("info_nce", dict(label_smoothing=1.0), "label_smoothing=1.0 must be at least 0 and below 1"),
+    ("info_nce", dict(label_smoothing=0.0, soft_labels="target"), "soft_labels=target spreads the softened share"),
+    ("dqe_cir", dict(label_smoothing=-0.1), "label_smoothing=-0.1 must be at least 0 and below 1"),
+    ("dqe_cir", dict(pair_smoothing=0.7), "pair_smoothing=0.7 must be at least 0 and below 0.5: it is the share"),
+    ("dqe_cir", dict(pair_smoothing=0.5), "pair_smoothing=0.5 must be at least 0 and below 0.5"),
+    ("dqe_cir", dict(pair_smoothing=float("nan")), "pair_smoothing=nan"),
+    *[("dqe_cir", {f"{term}_weight": -0.25}, f"{term}_weight=-0.25 must be at least 0")
+      for term in ("preference", "ranking", "attribute", "contrastive")],
+    ("dqe_cir", dict(preference_weight=0.0, ranking_weight=0.0, attribute_weight=0.0), "contrastive_weight are all 0"),
+    ("dqe_cir", dict(mined_columns=True), "mined_columns=True widens the contrastive term: contrastive_weight=0"),
+    ("dqe_cir", dict(mined_columns=True, contrastive_weight=1.0, negatives="in_batch"), "negatives=in_batch mines none"),
+    ("dqe_cir", dict(attribute_negatives="own", negatives="in_batch"), "attribute_negatives=own chooses from mined pools"),
+    ("dqe_cir", dict(attribute_negatives="own", dataset="fashioniq"), "labels of all images, which fashioniq has not"),
+])
+def test_what_cannot_work_is_one_line(method, options, complaint):
+    config = dataclasses.replace(train_config(dict(method=method)), **options)
+    with pytest.raises(ValueError) as told: METHODS[method].check(config)
+    assert complaint in str(told.value) and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_what_the_presets_fill_in_works(name):
+    for dataset in ("garments", "fashioniq", "cirr"):
+        config = train_config(dict(method=name, dataset=dataset, encoder="a full-size one"))
+        METHODS[name].check(config)
+        assert set(METHODS[name].options) <= FIELDS
+
+
+def test_the_weights_of_the_other_terms_follow_the_data_set():
+    "As the authors' programs have them; a data set that they do not know is treated as FashionIQ."
+    auxiliary, backward = METHODS["sprc"], METHODS["bi_blip4cir"]
+    for dataset, of_sprc, of_bi_blip in (("cirr", 0.4, (0.1, 0.1)), ("fashioniq", 1.0, (0.4, 0.5)), ("garments", 1.0, (0.4, 0.5))):
+        config = train_config(dict(dataset=dataset))
+        assert auxiliary.from_config(auxiliary.load_encoder("mini", device="cpu"), config).weights == dict(text_only=of_sprc, alignment=of_sprc)
+        assert backward.from_config(backward.load_encoder("mini", device="cpu"), config).backward == of_bi_blip
+
+
+@pytest.mark.parametrize("name, start", [("info_nce", None), ("sprc", None), ("qure", None), ("dqe_cir", 0.07)])
+def test_the_temperature_is_one_number_between_bounds(name, start):
+    "Under the name that checkpoints know; `dqe_cir` alone does not start at the encoder's."
+    encoder = METHODS[name].load_encoder("mini", device="cpu")
+    method = METHODS[name](encoder)
+    assert isinstance(method, LearnedTemperature) and method.state_dict()["log_temperature"].shape == ()
+    assert method.temperature.item() == pytest.approx(start or encoder.temperature)
+    for far, bound in ((-99.0, 0.01), (99.0, 0.5)):
+        method.log_temperature.data.fill_(far)
+        assert method.temperature.item() == pytest.approx(bound)
+    assert encoder.temperature == pytest.approx(0.0332, abs=1e-3)
 
 
 # ---- reference models: small random weights under the names that LAVIS gives them

@@ -25,6 +25,10 @@ from .parts import StillImages, freeze_last_words
 class CoVR(Method):
     "Mean of unit states on both sides; the gallery is fixed; hard negatives weigh more."
     reduce = "mean"
+    published = {  # the authors' configuration: 6 epochs at 1e-4, batches of 256 and 512 on each of two GPUs
+        "fashioniq": dict(epochs=6, lr=1e-4, batch_size=512),
+        "cirr": dict(epochs=6, lr=1e-4, batch_size=1024),
+    }
 
     def __init__(self, encoder: Blip2Encoder):
         super().__init__(encoder)
@@ -67,7 +71,7 @@ def training_text(self: CoVR, triplet: Triplet, generator: torch.Generator) -> s
 class NativeCoVR(Method):
     "A text that looks at the reference, towards a gallery of frozen class tokens."
     load_encoder = staticmethod(partial(load_blip, longest=64))
-    query_text, training_text = CoVR.query_text, CoVR.training_text
+    query_text, training_text, published = CoVR.query_text, CoVR.training_text, CoVR.published
 
     def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
         "(B,P,W) and B texts to unit queries (B,D)."

@@ -6,24 +6,23 @@
 __all__ = ['LIKENESS_TEMPERATURE', 'InfoNCE']
 
 # %% ../../nbs/methods/10_info_nce.ipynb #466898ac
-import math
-
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attributes import aligned_target, join_states
 from ..encoder.blip2 import Blip2Encoder
 from ..losses import info_nce
-from .base import Batch, Method
-from .parts import freeze_last_words
+from .base import Batch, Method, check_range
+from .parts import LearnedTemperature, freeze_last_words
 
 # %% ../../nbs/methods/10_info_nce.ipynb #bfe5be1d
 LIKENESS_TEMPERATURE = 0.1  # of the similarity of two targets, for soft_labels="target"
 
-class InfoNCE(Method):
+class InfoNCE(Method, LearnedTemperature):
     "Joint Q-Former query against the gallery's best token; in-batch softmax with softened labels."
+    options = ("label_smoothing", "aligned", "soft_labels")
 
     def __init__(
         self,
@@ -35,26 +34,26 @@ class InfoNCE(Method):
         super().__init__(encoder)
         freeze_last_words(encoder)
         self.label_smoothing, self.aligned, self.soft_labels = label_smoothing, aligned, soft_labels
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(float(encoder.temperature))))
+        self.start_temperature(encoder.temperature)
 
     @classmethod
     def from_config(cls, encoder, config):
         return cls(encoder, config.label_smoothing, config.aligned, config.soft_labels)
 
-    @property
-    def temperature(self) -> Tensor:
-        return self.log_temperature.clamp(math.log(0.01), math.log(0.5)).exp()
+    @classmethod
+    def check(cls, config) -> None:
+        "A label keeps some of its share, and has some to spread where likeness is to spread it."
+        check_range(config, "label_smoothing", 1)
+        if config.soft_labels == "target" and not config.label_smoothing:
+            raise ValueError("soft_labels=target spreads the softened share: label_smoothing=0 leaves none")
 
 # %% ../../nbs/methods/10_info_nce.ipynb #a1986885
 @patch
 def encode_query(self: InfoNCE, reference: Tensor, texts: list[str]) -> Tensor:
-    "(B,P,W) and B texts to unit queries (B,D)."
+    "(B,P,W) and B texts to unit queries (B,D), or (B,T*D) when aligned."
     fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
-    return join_states(
-        self.encoder.text_projection(fused),
-        fused.new_full(fused.shape[:2], 1 / fused.shape[1]),
-        self.aligned,
-    )
+    even = fused.new_full(fused.shape[:2], 1 / fused.shape[1])
+    return join_states(self.encoder.text_projection(fused), even, self.aligned)
 
 # %% ../../nbs/methods/10_info_nce.ipynb #134c6df5
 @patch

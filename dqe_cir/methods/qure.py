@@ -6,30 +6,29 @@
 __all__ = ['QuRe', 'next_other']
 
 # %% ../../nbs/methods/70_qure.ipynb #221923ca
-import math
-
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..encoder.blip2 import Blip2Encoder
 from ..losses import pairwise_kl, products
 from .base import Batch, Method
-from .parts import freeze_last_words
+from .parts import LearnedTemperature, freeze_last_words
 
 # %% ../../nbs/methods/70_qure.ipynb #804f35e1
-class QuRe(Method):
+class QuRe(Method, LearnedTemperature):
     "Mean of the fused states against the gallery's best embedding; one mined negative per query."
     uses_negatives, negatives = True, "qure"
+    published = {  # the authors' configurations
+        "fashioniq": dict(epochs=30, lr=5e-6, batch_size=32),
+        "cirr": dict(epochs=50, lr=1e-5, batch_size=32),
+    }
 
     def __init__(self, encoder: Blip2Encoder):
         super().__init__(encoder)
         freeze_last_words(encoder)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(encoder.temperature)))
-
-    @property
-    def temperature(self) -> Tensor: return self.log_temperature.clamp(math.log(0.01), math.log(0.5)).exp()
+        self.start_temperature(encoder.temperature)
 
     def training_text(self, triplet, generator) -> str:
         return self.query_text(triplet)  # both captions, always in the same order

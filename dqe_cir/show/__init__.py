@@ -1,4 +1,5 @@
-"Figures, tables and contact sheets."
+"Figures, diagrams, tables and contact sheets."
+from dqe_cir.show.diagrams import Box, flow_figure
 from dqe_cir.show.figures import COLOURS, banner, interval_figure, line_figure, loss_figure, metric_figure
 from dqe_cir.show.figures import metrics_table, point_figure, refresh_figure, table_title, text_table
 from dqe_cir.show.sheets import FRAMES, contact_sheet, evenly_spaced, framed, request_text, verdict
