@@ -247,7 +247,7 @@ def test_circo_submission_removes_the_reference_or_keeps_it():
 
 def test_every_protocol_has_its_own_sentence_and_label():
     rules = {r for name in PROTOCOLS for r in named_protocols(name).values()} | set(PROTOCOLS.values())
-    assert len({(r.dataset, r.sentence(9)) for r in rules}) == len({(r.dataset, r.label()) for r in rules}) == len(rules) == 9
+    assert len({(r.dataset, r.sentence(9)) for r in rules}) == len({(r.dataset, r.label()) for r in rules}) == len(rules) > len(PROTOCOLS)
     assert PROTOCOLS["fashioniq"].sentence(9) == "original split as gallery, by category, reference kept, both captions joined"
 
 
