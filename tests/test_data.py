@@ -17,7 +17,8 @@ from PIL import Image
 
 from dqe_cir.core import DataError, write_json
 from dqe_cir.data import SPECS, Triplet, as_rgb, caption_text, join_captions, load_circo, load_cirr, load_dataset
-from dqe_cir.data import load_fashioniq, load_garments, make_garments, open_image, sample_banner, verify_images
+from dqe_cir.data import load_fashioniq, load_garments, load_hp_fashioniq, make_garments, open_image, sample_banner
+from dqe_cir.data import verify_images
 from dqe_cir.data.captions import random_captions
 from dqe_cir.data.fashioniq import with_shared_answers
 from dqe_cir.data.verify import count_report, main
@@ -249,7 +250,8 @@ def test_a_folder_of_another_data_set_is_told_apart(tmp_path, make, load, messag
 
 @pytest.mark.parametrize("load", [load_fashioniq, load_cirr, load_circo, load_garments])
 def test_an_absent_root_is_named(tmp_path, load):
-    with pytest.raises(DataError, match="nowhere.*is missing: data/README.md"): load(tmp_path / "nowhere", "val")
+    advice = "let make_garments.. draw it again" if load is load_garments else "the repository's data/README.md says"
+    with pytest.raises(DataError, match=f"nowhere.*is missing: .*{advice}"): load(tmp_path / "nowhere", "val")
 
 
 @pytest.mark.parametrize("text", ['[{"candidate": "B1", ', "", "not json", b"\xff\xfe\x00"], ids=["cut", "empty", "prose", "bytes"])
@@ -391,6 +393,34 @@ def test_circo_gallery_is_cocos_list_and_not_what_happens_to_be_there(tmp_path):
     write_json(circo(tmp_path) / "COCO2017_unlabeled" / "annotations" / "image_info_unlabeled2017.json", dict(images=images))
     for i in (1, 2, 3): picture(tmp_path / "COCO2017_unlabeled" / "unlabeled2017" / f"{i:012d}.jpg")
     assert len(load_circo(tmp_path, "val").gallery) == 4
+
+
+def test_training_images_that_no_triplet_names_may_be_missing(garments, tmp_path):
+    "Of FashionIQ's training split; in a gallery that is searched every image counts."
+    root = shutil.copytree(garments / "fashioniq", tmp_path / "fashioniq")
+    train = load_fashioniq(root, "train")
+    named = {name for t in train.triplets for name in (t.reference, t.target)}
+    assert set(train.used) == named < set(train.gallery)
+    for name in set(train.gallery) - named: (root / "images" / f"{name}.png").unlink()
+    assert load_dataset("fashioniq", root, "train").used == train.used
+    with pytest.raises(DataError, match="pictures of fashioniq dev are missing"): load_dataset("fashioniq", root, "dev")
+    (root / "images" / f"{train.used[0]}.png").unlink()
+    with pytest.raises(DataError, match=f"1 of {len(named)} pictures of fashioniq train are missing .{train.used[0]}"):
+        load_dataset("fashioniq", root, "train")
+
+
+# ---- HP-FashionIQ: JSON of another form
+
+FIVE = {"img_path": [f"x/shirt/B{i}.jpg" for i in range(5)]}
+ASKED = {"ref_img_paths": ["x/shirt/B1.jpg"], "targ_img_paths": ["x/shirt/B2.jpg"], "sentences": ["is red"],
+         "retrieved_set1": [FIVE], "retrieved_set2": [FIVE], "preferred set": ["1"]}
+
+
+@pytest.mark.parametrize("content", [[], [ASKED], 3, None, "text", {"user_1": []}, {"user_1": {"set_1": 3}}, {"user_1": {"set_1": []}},
+                                     *({"user_1": {"set_1": ASKED | {name: value}}} for name in ASKED for value in (None, [None], [3], [[]], "x"))], ids=str)
+def test_questions_of_another_form_are_refused_by_file_name(tmp_path, content):
+    write_json(tmp_path / "hpfiq.json", content)
+    with pytest.raises(DataError, match=r"hpfiq\.json.*get the file again"): load_hp_fashioniq(tmp_path)
 
 
 # ---- broken pictures
