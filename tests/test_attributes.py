@@ -1,4 +1,5 @@
 "Attribute weights against a loop that follows the equations, the word lists, a third attribute, and the maps over the picture."
+import json
 import math
 from unittest.mock import patch
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from dqe_cir.retriever.attention import as_grid, attribute_maps, overlay
-from dqe_cir.attributes import AttributeWeights, LEXICON, MODES, speaks_of
+from dqe_cir.attributes import AttributeWeights, LEXICON, MODES, lexicon_record, speaks_of
 from dqe_cir.core import generator
 from dqe_cir.encoder import cross_attention, load_encoder
 from dqe_cir.methods import Batch
@@ -103,6 +104,21 @@ def test_every_listed_word_is_found_and_no_part_of_a_word(name, data):
 
 
 def test_colour_and_shape_share_no_word(): assert not set(LEXICON["colour"]) & set(LEXICON["shape"])
+
+
+def test_the_version_belongs_to_the_words():
+    "Whoever changes a list counts LEXICON_VERSION up and writes the new digest here: results made with other words are other results."
+    assert lexicon_record() == {"lexicon_version": 1, "lexicon_digest": "759ac6ab8497"}
+
+
+@given(st.sampled_from(sorted(LEXICON)), st.data())
+def test_the_record_changes_with_every_word_and_with_nothing_else(name, data):
+    usual, words = lexicon_record(), LEXICON[name]
+    left_out = data.draw(st.integers(0, len(words) - 1))
+    with patch.dict(LEXICON, {name: data.draw(st.permutations(words))}): assert lexicon_record() == usual
+    with patch.dict(LEXICON, {name: words[:left_out] + words[left_out + 1:]}): assert lexicon_record() != usual
+    with patch.dict(LEXICON, smell=["musty"]): assert lexicon_record()["lexicon_version"] == usual["lexicon_version"] and lexicon_record() != usual
+    assert json.loads(json.dumps(usual)) == usual
 
 
 # ---- one more attribute, all the way to the loss

@@ -276,7 +276,7 @@ def test_file_and_converted_folder_are_one_encoder(shelf, tmp_path, name):
     again = load_encoder(str(folder), device="cpu")
     pixels, texts = torch.randn(3, 3, 14, 14, generator=torch.Generator().manual_seed(0)), ["is red", "has long dots", "is blue and long"]
     assert again.temperature == direct.temperature == float(torch.tensor(0.0431)) and again.ln_vision.eps == direct.ln_vision.eps == 1e-5
-    assert torch.equal(again.image_tokens(pixels), direct.image_tokens(pixels)) and again.fingerprint() == direct.fingerprint()
+    assert torch.equal(again.image_tokens(pixels), direct.image_tokens(pixels)) and again.tower_fingerprint() == direct.tower_fingerprint()
     for ours, theirs in zip(again.fuse(again.image_tokens(pixels), *again.tokenize(texts)), direct.fuse(direct.image_tokens(pixels), *direct.tokenize(texts))):
         assert torch.equal(ours, theirs)
     assert direct.tokenizer.bos_token == again.tokenizer.bos_token == "[DEC]" and len(again.tokenizer) == len(WORDS) + 1

@@ -1,15 +1,25 @@
 "Seeds, parameters and records under hostile conditions: what the first notebook only tells the story of."
 import json
-from pathlib import Path
+import platform
+import re
+import shutil
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
+import plotly.graph_objects as go
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqe_cir.core import DataError, append_jsonl, checked, generator, read_jsonl, write_json
+from dqe_cir import core
+from dqe_cir.core import DataError, append_jsonl, checked, environment, generator, read_jsonl, scalars, smoke
+from dqe_cir.core import use_static_figures, write_json
 
 # ---- generators
 
@@ -79,6 +89,13 @@ def test_wrong_values_are_named(values, message):
     assert message in str(refused.value)
 
 
+@given(st.dictionaries(st.text(min_size=1, max_size=8), st.one_of(st.integers(), st.text(), st.none(), st.booleans(), st.floats(), st.lists(st.integers()), st.just(Path))))
+def test_parameters_are_the_public_scalars(namespace):
+    found, kinds = scalars(namespace), (int, str, type(None), bool, float)
+    assert set(found) == {name for name, value in namespace.items() if name[0] != "_" and type(value) in kinds}
+    assert all(found[name] is namespace[name] for name in found)
+
+
 # ---- records
 
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
@@ -115,10 +132,10 @@ def test_a_reader_beside_a_writer_sees_whole_files(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
 
-scalars = st.one_of(st.none(), st.booleans(), st.integers(-10**9, 10**9), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=10))
+json_values = st.one_of(st.none(), st.booleans(), st.integers(-10**9, 10**9), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=10))
 
 
-@given(events=st.lists(st.dictionaries(st.text(min_size=1, max_size=6).filter(lambda name: name != "path"), scalars, max_size=3), min_size=1, max_size=5),
+@given(events=st.lists(st.dictionaries(st.text(min_size=1, max_size=6).filter(lambda name: name != "path"), json_values, max_size=3), min_size=1, max_size=5),
        data=st.data())
 def test_a_log_cut_anywhere_keeps_the_events_before_the_cut(tmp_path_factory, events, data):
     path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
@@ -136,3 +153,82 @@ def test_a_broken_line_that_was_not_cut_off_is_named(tmp_path, text, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(text)
     with pytest.raises(DataError, match=rf"metrics\.jsonl, line {line}, is not JSON"): read_jsonl(path)
+
+
+# ---- what surrounds a number
+
+def git(folder, *words): subprocess.run(["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True)
+
+
+def test_the_commit_says_whether_files_were_edited(tmp_path, monkeypatch):
+    git(tmp_path, "init", "-q")
+    (tmp_path / "file").write_text("one")
+    git(tmp_path, "add", "file")
+    git(tmp_path, "commit", "-qm", "one")
+    monkeypatch.setattr(core, "checkout", lambda: tmp_path)
+    clean = environment()["commit"]
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "not tracked").touch()
+    assert environment()["commit"] == clean
+    (tmp_path / "file").write_text("two")
+    assert environment()["commit"] == clean + "+edited"
+    monkeypatch.setattr(core, "checkout", lambda: None)
+    assert environment()["commit"] is None  # an installed copy
+
+
+def test_an_environment_can_be_written_down():
+    found = environment()
+    assert found["torch"] == torch.__version__ and found["python"] == platform.python_version()
+    assert {"transformers", "numpy", "pillow", "machine"} <= set(found) and json.loads(json.dumps(found)) == found
+    time.strptime(found["time"], "%Y-%m-%dT%H:%M:%SZ")
+
+
+@pytest.mark.parametrize("value, expected", [("1", True), ("yes", True), ("", False), (None, False)])
+def test_a_notebook_knows_that_it_is_tested(monkeypatch, value, expected):
+    monkeypatch.delenv("IN_TEST", raising=False)
+    if value is not None: monkeypatch.setenv("IN_TEST", value)
+    assert smoke() is expected
+
+
+@pytest.fixture
+def renderers(monkeypatch):
+    "Plotly's default renderer, restored afterwards."
+    import plotly.io as pio
+    before = pio.renderers.default
+    monkeypatch.delenv("IN_TEST", raising=False)
+    yield pio.renderers
+    pio.renderers.default = before
+
+
+def carried(): return set(go.Figure(go.Scatter(y=[1, 3, 2]))._repr_mimebundle_())
+
+
+def test_without_a_browser_a_figure_carries_its_json(monkeypatch, renderers):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert use_static_figures() == renderers.default == "plotly_mimetype" and carried() == {"application/vnd.plotly.v1+json"}
+
+
+def test_in_a_test_a_figure_carries_its_json(monkeypatch, renderers):
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setenv("IN_TEST", "1")
+    assert use_static_figures() == "plotly_mimetype" and carried() == {"application/vnd.plotly.v1+json"}
+
+
+def test_with_a_browser_a_figure_carries_a_picture_as_well(monkeypatch, renderers):
+    started = []
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setitem(sys.modules, "kaleido", SimpleNamespace(start_sync_server=lambda **options: started.append(options), __spec__=SimpleNamespace()))
+    monkeypatch.setattr(go.Figure, "to_image", lambda self, *a, **k: b"a picture")
+    monkeypatch.setattr("plotly.io._base_renderers.to_image", lambda *a, **k: b"a picture", raising=False)
+    assert use_static_figures() == renderers.default == "plotly_mimetype+png" and started == [{"silence_warnings": True}]
+    assert carried() == {"application/vnd.plotly.v1+json", "image/png"}
+
+
+def test_data_lie_where_the_variable_says_or_beside_the_notebooks(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DQE_CIR_DATA", "some/disk")
+    assert core.data_folder() == Path("some/disk")
+    monkeypatch.setenv("DQE_CIR_DATA", "")
+    assert core.data_folder() == core.checkout() / "data"
+    monkeypatch.setattr(core, "checkout", lambda: None)
+    assert core.data_folder() == tmp_path / "data"

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from dqe_cir.core import DataError, write_json
-from dqe_cir.data import Triplet, as_rgb, load_circo, load_cirr, load_dataset, load_fashioniq, load_garments
-from dqe_cir.data import open_image, sample_banner, verify_images
+from dqe_cir.data import SPECS, Triplet, as_rgb, caption_text, join_captions, load_circo, load_cirr, load_dataset
+from dqe_cir.data import load_fashioniq, load_garments, load_hp_fashioniq, make_garments, open_image, sample_banner
+from dqe_cir.data import verify_images
+from dqe_cir.data.captions import random_captions
 from dqe_cir.data.fashioniq import with_shared_answers
-from dqe_cir.data import SPECS
 from dqe_cir.data.verify import count_report, main
-from dqe_cir.data import make_garments
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -249,7 +250,8 @@ def test_a_folder_of_another_data_set_is_told_apart(tmp_path, make, load, messag
 
 @pytest.mark.parametrize("load", [load_fashioniq, load_cirr, load_circo, load_garments])
 def test_an_absent_root_is_named(tmp_path, load):
-    with pytest.raises(DataError, match="nowhere.*is missing: data/README.md"): load(tmp_path / "nowhere", "val")
+    advice = "let make_garments.. draw it again" if load is load_garments else "the repository's data/README.md says"
+    with pytest.raises(DataError, match=f"nowhere.*is missing: .*{advice}"): load(tmp_path / "nowhere", "val")
 
 
 @pytest.mark.parametrize("text", ['[{"candidate": "B1", ', "", "not json", b"\xff\xfe\x00"], ids=["cut", "empty", "prose", "bytes"])
@@ -270,6 +272,50 @@ def test_shared_answers_against_a_double_loop(rows):
     for triplet, shared in zip(triplets, with_shared_answers(triplets), strict=True):
         same = [o for o in triplets if (o.reference, o.captions, o.category) == (triplet.reference, triplet.captions, triplet.category)]
         assert shared.positives == {o.target for o in same} and shared.target == triplet.target
+
+
+# ---- captions: any number of them
+
+texts = st.lists(st.text(st.sampled_from("aB .,?!"), max_size=6), max_size=5).map(tuple)
+
+
+@given(texts)
+def test_every_spoken_caption_is_in_the_text_of_a_query(captions):
+    spoken = [text.strip(".?, ") for text in captions if text.strip(".?, ")]
+    found = caption_text(captions)
+    if len(captions) == 1: assert found == captions[0]
+    elif spoken: assert found == " and ".join([spoken[0].capitalize(), *spoken[1:]])
+    else: assert not found.strip(".?, ")
+
+
+@given(texts, st.integers(0, 2**31))
+def test_a_random_text_is_one_or_two_of_the_spoken_captions(captions, seed):
+    "Written as two loops; fewer than two spoken captions leave the generator alone."
+    spoken = [text for text in captions if text.strip(".?, ")]
+    possible = [join_captions(one) for one in spoken]
+    for i, one in enumerate(spoken): possible += [join_captions(one, other) for j, other in enumerate(spoken) if i != j]
+    state = torch.Generator().manual_seed(seed)
+    before = state.get_state()
+    found = random_captions(captions, state)
+    assert found in possible if len(spoken) > 1 else found == caption_text(captions)
+    assert torch.equal(before, state.get_state()) == (len(spoken) < 2)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_each_random_text_is_equally_likely(count):
+    captions, state = tuple(f"is {word}" for word in "abcde"[:count]), torch.Generator().manual_seed(0)
+    drawn = Counter(random_captions(captions, state) for _ in range(200 * count**2))
+    assert len(drawn) == count**2
+    spread = sum((times - 200) ** 2 / 200 for times in drawn.values())  # chi-square of count**2 - 1 degrees of freedom
+    assert spread < (count**2 - 1) + 4 * (2 * (count**2 - 1)) ** 0.5
+
+
+def test_two_captions_draw_what_they_always_drew():
+    "One number below four: both in order, both turned round, the first, the second."
+    expected = ["Is red and has dots", "Has dots and is red", "Is red", "Has dots"]
+    for seed in range(40):
+        number = torch.randint(4, (1,), generator=torch.Generator().manual_seed(seed)).item()
+        assert random_captions(("is red", "has dots."), torch.Generator().manual_seed(seed)) == expected[number]
 
 
 # ---- garments and load_dataset
@@ -347,6 +393,34 @@ def test_circo_gallery_is_cocos_list_and_not_what_happens_to_be_there(tmp_path):
     write_json(circo(tmp_path) / "COCO2017_unlabeled" / "annotations" / "image_info_unlabeled2017.json", dict(images=images))
     for i in (1, 2, 3): picture(tmp_path / "COCO2017_unlabeled" / "unlabeled2017" / f"{i:012d}.jpg")
     assert len(load_circo(tmp_path, "val").gallery) == 4
+
+
+def test_training_images_that_no_triplet_names_may_be_missing(garments, tmp_path):
+    "Of FashionIQ's training split; in a gallery that is searched every image counts."
+    root = shutil.copytree(garments / "fashioniq", tmp_path / "fashioniq")
+    train = load_fashioniq(root, "train")
+    named = {name for t in train.triplets for name in (t.reference, t.target)}
+    assert set(train.used) == named < set(train.gallery)
+    for name in set(train.gallery) - named: (root / "images" / f"{name}.png").unlink()
+    assert load_dataset("fashioniq", root, "train").used == train.used
+    with pytest.raises(DataError, match="pictures of fashioniq dev are missing"): load_dataset("fashioniq", root, "dev")
+    (root / "images" / f"{train.used[0]}.png").unlink()
+    with pytest.raises(DataError, match=f"1 of {len(named)} pictures of fashioniq train are missing .{train.used[0]}"):
+        load_dataset("fashioniq", root, "train")
+
+
+# ---- HP-FashionIQ: JSON of another form
+
+FIVE = {"img_path": [f"x/shirt/B{i}.jpg" for i in range(5)]}
+ASKED = {"ref_img_paths": ["x/shirt/B1.jpg"], "targ_img_paths": ["x/shirt/B2.jpg"], "sentences": ["is red"],
+         "retrieved_set1": [FIVE], "retrieved_set2": [FIVE], "preferred set": ["1"]}
+
+
+@pytest.mark.parametrize("content", [[], [ASKED], 3, None, "text", {"user_1": []}, {"user_1": {"set_1": 3}}, {"user_1": {"set_1": []}},
+                                     *({"user_1": {"set_1": ASKED | {name: value}}} for name in ASKED for value in (None, [None], [3], [[]], "x"))], ids=str)
+def test_questions_of_another_form_are_refused_by_file_name(tmp_path, content):
+    write_json(tmp_path / "hpfiq.json", content)
+    with pytest.raises(DataError, match=r"hpfiq\.json.*get the file again"): load_hp_fashioniq(tmp_path)
 
 
 # ---- broken pictures

@@ -175,16 +175,16 @@ def test_half_precision_reaches_the_tower_only(checkpoint, tiny):
     target = half.encode_target(half.image_tokens(pixels(3)))
     assert target.dtype == torch.float32
     assert (target * tiny.encode_target(tiny.image_tokens(pixels(3)))).sum(-1).min() > 0.9
-    assert half.fingerprint() != tiny.fingerprint()
+    assert half.tower_fingerprint() != tiny.tower_fingerprint()
 
 
 def test_fingerprint_follows_the_tower_and_nothing_else(checkpoint):
     encoder = load_encoder(str(checkpoint), device="cpu")
-    before = encoder.fingerprint()
+    before = encoder.tower_fingerprint()
     with torch.no_grad(): encoder.query_tokens.add_(1); encoder.ln_vision.weight.add_(1)
-    assert encoder.fingerprint() == before
+    assert encoder.tower_fingerprint() == before
     with torch.no_grad(): next(encoder.vision_tower.parameters()).view(-1)[0].add_(1e-3)
-    assert encoder.fingerprint() != before
+    assert encoder.tower_fingerprint() != before
 
 
 # ---- the token cache
@@ -321,6 +321,22 @@ def test_shipped_vocabulary_spells_real_requests(annotations):
     assert not (ids == encoder.tokenizer.unk_token_id).any()
 
 
+def test_a_cache_that_cannot_be_read_back_is_said_to_be_so(tiny, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("dqe_cir.encoder.tokens.read_tokens", lambda stem, count: None)
+    with pytest.raises(DataError, match=r"\.tokens is not what was written to it"): cached(tiny, pictures, tmp_path / "tokens")
+
+
+def test_pictures_go_through_the_encoders_own_transform(tiny, pictures, tmp_path):
+    class Flipped(Counting):
+        transform_name = "flipped"
+        tower_fingerprint = type(tiny).tower_fingerprint
+        def transform(self, image): return tiny.transform(image).flip(-1)
+    ours, theirs = (cached(encoder, pictures, tmp_path / "tokens")[list(pictures)] for encoder in (tiny, Flipped(tiny)))
+    direct = torch.cat([tiny.image_tokens(read(path).flip(-1)) for path in pictures.values()])
+    torch.testing.assert_close(theirs, direct)
+    assert (ours - theirs).abs().max() > 1e-3
+
+
 # ---- how large it is, before any weights are read
 
 def config_of(folder, config):
@@ -358,8 +374,9 @@ def test_names_without_a_folder_are_full(tmp_path):
 
 
 @pytest.mark.parametrize("config", ["", "{", "[]", "null", '{"vision_config": 3}', '{"model_cfg": []}', '{"vision_config": {"hidden_size": null}}'])
-def test_a_folder_without_a_readable_configuration_is_full(tmp_path, config):
+def test_a_folder_without_a_readable_configuration_is_full_and_refused_when_loaded(tmp_path, config):
     assert encoder_size(config_of(tmp_path, config)) == "full"
+    with pytest.raises(DataError, match="could not be loaded"): load_encoder(str(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize("config, small", [

@@ -32,7 +32,7 @@ SMALL = {"size": "smoke", "batch_size": 16, "epochs": 3, "lr": 2e-4, "device": "
 MINES = {"warmup_epochs": 1, "refresh_every": 1}
 RECIPES = {
     "dqe_cir by score drops": {"method": "dqe_cir", "negatives": "qure", "aligned": False, **MINES},
-    "dqe_cir, own negatives": {"method": "dqe_cir", "attribute_negatives": "own", "negatives_per_query": 2, **MINES},
+    "dqe_cir, own negatives": {"method": "dqe_cir", "attribute_negatives": "own", "negatives_per_query": 9, **MINES},  # more than a pool holds: it goes round
     "dqe_cir, mined columns": {"method": "dqe_cir", "mined_columns": True, "contrastive_weight": 0.5, "pair_smoothing": 0.1, **MINES},
     "dqe_cir, in-batch negatives": {"method": "dqe_cir", "negatives": "in_batch", "attribute_mode": "gate_only", "warmup_epochs": 1},
     "info_nce, soft labels": {"method": "info_nce", "soft_labels": "target", "aligned": False, "accumulate": 2, "category_batches": False},
@@ -51,7 +51,7 @@ class Setting:
         self.train, self.val = (load_dataset("garments", split=split, size="smoke") for split in ("train", "val"))
 
     def tokens_of(self, encoder):
-        key = encoder.fingerprint()
+        key = encoder.tower_fingerprint()
         if key not in self.tokens:
             self.tokens[key] = cache_tokens(encoder, [self.train, self.val], folder=self.folder / "tokens", progress=False)
         return self.tokens[key]

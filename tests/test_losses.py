@@ -1,6 +1,7 @@
 "Losses against plain loops and numeric gradients; the published systems' losses against reference values and gradients."
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -88,6 +89,35 @@ def test_smoothing_is_a_share(smoothing):
     with pytest.raises(ValueError, match="label_smoothing"): info_nce(torch.zeros(2, 2), label_smoothing=smoothing)
 
 
+@pytest.mark.parametrize("columns, likeness, message", [
+    (4, (4, 3), r"likeness must be \(4, 4\) like scores, not \(4, 3\)"), (4, (4,), r"likeness must be \(4, 4\) like scores, not \(4,\)"),
+    (7, (4, 4), r"likeness \(4, 4\) says nothing about the 3 further columns of scores \(4, 7\): leave out the columns or likeness"),
+    (7, (4, 7), r"likeness \(4, 7\) says nothing about the 3 further columns of scores \(4, 7\)")])
+def test_likeness_is_for_the_targets_of_the_batch_alone(columns, likeness, message):
+    with pytest.raises(ValueError, match=message): info_nce(torch.zeros(4, columns), label_smoothing=0.1, likeness=torch.zeros(likeness))
+
+
+@pytest.mark.parametrize("target", [(3,), (5,), (4, 1), ()])
+def test_targets_are_one_per_row(target):
+    with pytest.raises(ValueError, match="target must hold 4 ids, one per row of scores, not"): info_nce(torch.zeros(4, 4), torch.zeros(target))
+
+
+@given(batches, st.integers(0, 99))
+def test_likeness_moves_the_share_among_the_others_and_nothing_else(target, seed):
+    scores, likeness = scores_of(target, seed), scores_of(target, seed + 1)
+    target = torch.tensor(target)
+    even, liked = (info_nce(scores, target, 0.3, like) for like in (None, likeness))
+    assert_close(info_nce(scores, target, 0.0, likeness), info_nce(scores, target))
+    assert_close(info_nce(scores, target, 0.3, torch.zeros_like(likeness)), even, rtol=1e-5, atol=1e-5)
+    losses = []
+    for i, row in enumerate(scores):  # row by row
+        others = [j for j in range(len(row)) if target[j] != target[i]]
+        log_p = row - row[[i, *others]].logsumexp(0)
+        weights = likeness[i, others].softmax(0) * len(others) / (1 + len(others))
+        losses.append(-(1 - 0.3 + 0.3 / (1 + len(others))) * log_p[i] - 0.3 * (weights * log_p[others]).sum())
+    assert_close(liked, torch.stack(losses), rtol=1e-5, atol=1e-5)
+
+
 # ---- pairs
 
 pairs = st.tuples(st.integers(1, 6), st.integers(1, 3), st.integers(0, 99))
@@ -147,6 +177,19 @@ def test_pairs_stay_finite_at_extreme_scores(gap):
     loss.backward()
     assert_close(loss.detach(), torch.tensor([max(0.0, -gap)]))
     assert_close(positive.grad, torch.tensor([-1.0 if gap < 0 else 0.0]))
+
+
+@pytest.mark.parametrize("positive, negative", [((4,), (3,)), ((4,), (3, 4)), ((4,), (1,)), ((4, 1), (4,)), ((), (4,)), ((4,), (4, 2, 1)), ((4,), ()), ((4,), (4, 0))])
+def test_pairs_of_other_shapes_are_refused_with_both(positive, negative):
+    message = re.escape(f"positive must be (B,) and negative (B,) or (B,K) with the same B, not {positive} and {negative}")
+    for loss in (pairwise_kl, lambda p, n: margin(p, n, 0.1)):
+        with pytest.raises(ValueError, match=message): loss(torch.zeros(positive), torch.zeros(negative))
+
+
+@pytest.mark.parametrize("active", [(1,), (3,), (4, 1)])
+def test_active_says_something_about_every_row(active):
+    message = re.escape(f"active must be (4,) like positive, not {active}")
+    with pytest.raises(ValueError, match=message): margin(torch.zeros(4), torch.zeros(4), 0.1, torch.ones(active, dtype=torch.bool))
 
 
 # ---- reference values and gradients

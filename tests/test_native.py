@@ -157,7 +157,7 @@ def test_what_is_cached(home, tmp_path):
         paths[str(i)] = tmp_path / f"{i}.png"
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(paths[str(i)])
     encoders = [load_clip(device="cpu"), load_blip(device="cpu"), load_blip(device="cpu", places=1), load_resnet(device="cpu")]
-    assert len({encoder.fingerprint() for encoder in encoders}) == 4
+    assert len({encoder.tower_fingerprint() for encoder in encoders}) == 4
     for encoder in encoders:
         tokens = cache_tokens(encoder, paths, tmp_path / "tokens", progress=False)[["1", "0"]]
         assert tokens.shape == (2, *encoder.token_shape)

@@ -95,6 +95,6 @@ def test_broken_files_are_named(tmp_path):
     with pytest.raises(DataError, match="holds no questions"): load_hp_fashioniq(tmp_path)
     (tmp_path / "hpfiq.json").write_text("{")
     with pytest.raises(DataError, match="hpfiq.json is not valid JSON"): load_hp_fashioniq(tmp_path)
-    with pytest.raises(DataError, match="hpfiq.json is missing: data/README.md"): load_hp_fashioniq(tmp_path / "no" / "hpfiq.json")
+    with pytest.raises(DataError, match="hpfiq.json is missing: the repository's data/README.md"): load_hp_fashioniq(tmp_path / "no" / "hpfiq.json")
     dataset = load_hp_fashioniq(written(tmp_path / "hpfiq.json", [row]), images=Path(tmp_path) / "images")
     with pytest.raises(DataError, match="11 of 11 pictures of hp_fashioniq val are missing"): complete(dataset)

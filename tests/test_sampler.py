@@ -1,12 +1,15 @@
 "Samplers on random scores: what is never drawn, what does not change the choice, and QuRe's rule against figures from its own code."
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dqe_cir.core import generator
-from dqe_cir.sampler import Hardest, MidZone, Random, ScoreDropBand
+from dqe_cir.sampler import Hardest, MidZone, Random, ScoreDropBand, zone_ends
 
 SAMPLERS = {"quantile": MidZone(), "absolute": MidZone("absolute"), "meanstd": MidZone("meanstd"), "random": Random(), "hardest": Hardest(),
             "qure": ScoreDropBand(), "qure_window": ScoreDropBand(window=5)}
@@ -14,9 +17,9 @@ each = pytest.mark.parametrize("name", list(SAMPLERS))
 
 
 @st.composite
-def scored(draw):
+def scored(draw, columns=12):
     "Scores with ties, a target per row, and which candidates are valid."
-    rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 12))
+    rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, columns))
     seed = draw(st.integers(0, 10_000))
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(rows, columns)) if draw(st.booleans()) else rng.integers(0, 4, (rows, columns)) / 4
@@ -61,17 +64,72 @@ def test_nan_names_the_query(name):
     with pytest.raises(ValueError, match="query row 2"): SAMPLERS[name].zone(scores, torch.zeros(3, dtype=torch.long), torch.ones(3, 4, dtype=torch.bool))
 
 
-@given(case=scored())
-def test_the_quantile_zone_against_a_loop(case):
-    scores, target, valid = case
-    sampler, zone = MidZone(guard=0.0, smallest=2), MidZone(guard=0.0, smallest=2).zone(*case)
-    for row in range(len(scores)):
-        delta = scores[row, target[row]] - scores[row]
-        below = sorted((i for i in range(len(delta)) if valid[row, i] and i != target[row] and delta[i] > 0), key=lambda i: (delta[i].item(), i))
-        first = int(np.ceil(np.float32(sampler.low) * len(below)))
-        last = min(len(below), max(int(np.ceil(np.float32(sampler.high) * len(below))), first + 2))
-        assert set(zone[row].nonzero().flatten().tolist()) == set(below[min(first, max(0, last - 2)):last])
+# ---- the quantile zone, from its definition, in exact arithmetic
 
+SHARES = ("0", "0.005", "0.02", "0.03", "0.05", "0.1", "0.125", "0.25", "0.5", "1")  # of these, single precision makes exact ends of up to 20,000 candidates
+
+
+def exact_ends(count, low, high, smallest):
+    "Positions ceil(low M) to ceil(high M), at least `smallest` of them if there are so many; the shares as written, not as rounded."
+    first = min(math.ceil(Fraction(low) * count), count)
+    last = min(max(math.ceil(Fraction(high) * count), first + smallest), count)
+    return min(first, max(0, last - smallest)), last
+
+
+def exact_zone(scores, target, valid, low, high, guard, smallest):
+    "One query, its scores whole numbers of 64ths: below the target, beyond the guard, sorted by (delta, column), cut by position."
+    own = [Fraction(score) for score in scores]
+    others = [i for i in range(len(own)) if valid[i] and i != target]
+    delta = {i: own[target] - own[i] for i in others}
+    mean = sum(delta.values()) / max(1, len(delta))
+    variance = sum((value - mean) ** 2 for value in delta.values()) / max(1, len(delta))
+    for value in delta.values(): assume(value <= 0 or abs(value ** 2 - Fraction(guard) ** 2 * variance) > 1e-6)  # on the very edge, rounding decides
+    below = [i for i in others if delta[i] > 0 and delta[i] ** 2 >= Fraction(guard) ** 2 * variance]
+    below.sort(key=lambda i: (delta[i], i))
+    first, last = exact_ends(len(below), low, high, smallest)
+    return set(below[first:last])
+
+
+@settings(max_examples=150)
+@given(case=scored(columns=60), bounds=st.lists(st.sampled_from(SHARES), min_size=2, max_size=2, unique=True), guard=st.sampled_from(["0", "0.25", "0.5", "1.5"]),
+       smallest=st.integers(1, 9))
+def test_the_quantile_zone_is_its_definition_in_fractions(case, bounds, guard, smallest):
+    scores, target, valid = case
+    scores = (scores * 64).round() / 64
+    low, high = sorted(bounds, key=Fraction)
+    zone = MidZone("quantile", float(low), float(high), float(guard), smallest).zone(scores, target, valid)
+    for row in range(len(scores)):
+        expected = exact_zone(scores[row].tolist(), target[row].item(), valid[row].tolist(), low, high, guard, smallest)
+        assert set(zone[row].nonzero().flatten().tolist()) == expected
+
+
+def ends(count, *bounds): return [end.tolist() for end in zone_ends(torch.as_tensor(count), *bounds)]
+
+
+@pytest.mark.parametrize("low, high", [("0.02", "0.1"), ("0.005", "0.03"), ("0.005", "0.05")])
+@pytest.mark.parametrize("smallest", [0, 1, 8])
+def test_ends_of_the_usual_zones_are_exact_for_every_count(low, high, smallest):
+    counts = range(20_001)
+    expected = [exact_ends(count, low, high, smallest) for count in counts]
+    assert ends(counts, float(low), float(high), smallest) == [list(side) for side in zip(*expected)]
+
+
+@pytest.mark.parametrize("share, counts", [("0.001", [3000, 6000, 7000]), ("0.3", [50, 90, 100]), ("0.15", [100, 180, 200]), ("0.6", [25, 45, 50])])
+def test_an_end_on_a_whole_number_may_lie_one_further_and_only_there(share, counts):
+    "Single precision, written down because recorded draws rest on it: 0.3 * 50 is 15.000001, and its ceiling 16."
+    found, _ = ends(range(10_001), float(share), 1.0, 0)
+    late = [count for count in range(10_001) if found[count] != math.ceil(Fraction(share) * count)]
+    assert late[:3] == counts
+    for count in late: assert (Fraction(share) * count).denominator == 1 and found[count] == Fraction(share) * count + 1
+
+
+@given(st.integers(0, 300), st.sampled_from(SHARES + ("0.3", "0.7")), st.sampled_from(SHARES + ("0.3", "0.7")), st.integers(0, 12))
+def test_ends_lie_in_the_list_and_hold_enough(count, low, high, smallest):
+    [first], [last] = ends([count], float(low), float(high), smallest)
+    assert 0 <= first <= last <= count and last - first >= min(smallest, count)
+
+
+# ---- fallbacks
 
 def test_fallbacks_are_counted_by_rung():
     scores, valid = torch.tensor([[1.0, 0.99, 0.98, 0.97], [0.0, 1.0, 2.0, 3.0], [1.0, 5.0, 5.0, 5.0]]), torch.ones(3, 4, dtype=torch.bool)

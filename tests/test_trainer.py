@@ -3,6 +3,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from unittest import mock
@@ -15,8 +17,8 @@ from torch.testing import assert_close
 
 from dqe_cir.trainer import loop, runs
 from dqe_cir.core import generator
-from dqe_cir.data import CIRDataset, Triplet, load_dataset
-from dqe_cir.encoder import TokenCache, cache_tokens, load_encoder
+from dqe_cir.data import SPECS, CIRDataset, Triplet, load_dataset
+from dqe_cir.encoder import MINI, TokenCache, cache_tokens, load_encoder
 from dqe_cir.evaluator import evaluate
 from dqe_cir.methods import METHODS
 from dqe_cir.methods.base import parameter_groups
@@ -24,10 +26,10 @@ from dqe_cir.trainer.check import toy_batch
 from dqe_cir.trainer import NegativePool
 from dqe_cir.sampler import Random
 from dqe_cir.trainer import TrainingSet, build_method, fit, open_run, train_config, training_set
-from dqe_cir.trainer.batches import hold_out
-from dqe_cir.trainer.config import PRESETS
+from dqe_cir.trainer.batches import hold_out, linked
+from dqe_cir.trainer.config import SMALL, options_of, sometimes_read
 from dqe_cir.trainer.loop import tower_aside
-from dqe_cir.trainer.runs import read_weights, selection, trained_state
+from dqe_cir.trainer.runs import load_run, read_weights, selection, trained_state
 from dqe_cir.trainer.step import Stepper, autocast_dtype, checkpoint_layers, training_step
 
 FULL = "some/full-size-encoder"
@@ -35,29 +37,102 @@ FULL = "some/full-size-encoder"
 
 # ---- schedules
 
-@pytest.mark.parametrize("dataset, method, expected", [
-    ("fashioniq", "dqe_cir", dict(epochs=30, lr=5e-6, batch_size=32, head_rate=20.0, warmup_epochs=5, refresh_every=5, refresh_left=3, zone_low=0.005, zone_high=0.05)),
-    ("cirr", "dqe_cir", dict(epochs=50, lr=1e-5, batch_size=32, head_rate=20.0, warmup_epochs=8, refresh_every=8, refresh_left=3, zone_low=0.001, zone_high=0.02)),
-    ("fashioniq", "qure", dict(epochs=30, lr=5e-6, batch_size=32, head_rate=1.0, warmup_epochs=5, refresh_every=5)),
-    ("fashioniq", "sprc", dict(epochs=30, lr=2e-5, batch_size=128)), ("cirr", "sprc", dict(epochs=50, lr=1e-5, batch_size=128)),
-    ("fashioniq", "covr", dict(epochs=6, lr=1e-4, batch_size=512)), ("cirr", "covr", dict(epochs=6, lr=1e-4, batch_size=1024)),
-    ("cirr", "clip4cir", dict(lr=2e-6, batch_size=128)), ("fashioniq", "bi_blip4cir", dict(lr=5e-5, batch_size=128)),
-])
-def test_published_schedules(dataset, method, expected):
-    config = dataclasses.asdict(train_config({"dataset": dataset, "method": method, "encoder": FULL}))
-    assert {name: config[name] for name in expected} == expected
-    assert config["weight_decay"] == 0.05 and config["select_on"] == "val" and config["evaluate_every"] == 1
+def full_size(dataset, method, **values): return train_config({"dataset": dataset, "method": method, "encoder": FULL, **values})
+
+
+@pytest.mark.parametrize("dataset", ["fashioniq", "cirr"])
+@pytest.mark.parametrize("method, rate", [("clip4cir", 2e-5), ("bi_blip4cir", 2e-5), ("cosmo", 2e-4), ("mgur", 2e-4)])
+def test_what_is_new_learns_at_the_rate_its_authors_state(dataset, method, rate):
+    "The combiners of the second stages, and CoSMo's only rate, which MGUR's parts take over: whatever the encoder's own rate is."
+    config = full_size(dataset, method)
+    assert config.lr * config.head_rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("method, epochs", [("clip4cir", 100), ("bi_blip4cir", 20)])
+def test_two_stages_are_parts_of_one_run(method, epochs):
+    "The first has as many epochs as its authors gave it."
+    for dataset in ("fashioniq", "cirr"): assert full_size(dataset, method).epochs * METHODS[method].first_stage == epochs
+
+
+def test_covrs_batches_are_those_of_two_cards():
+    assert [full_size(dataset, "covr").batch_size for dataset in ("fashioniq", "cirr")] == [2 * 256, 2 * 512]
+
+
+@pytest.mark.parametrize("dataset, calendar", [("fashioniq", [5, 10, 15, 20, 25]), ("cirr", [8, 16, 24, 32, 40])])
+def test_dqe_cir_trains_as_qure_does_but_for_its_new_parts(dataset, calendar):
+    "One calendar of refreshes, by QuRe's rule of every sixth of the epochs; neither mines for fewer than three epochs."
+    one, other = (dataclasses.asdict(full_size(dataset, method)) for method in ("dqe_cir", "qure"))
+    differ = {name for name in one if one[name] != other[name]}
+    assert differ == {"method", "negatives", "head_rate"} and other["head_rate"] == 1.0
+    epochs, every, first, left = (one[name] for name in ("epochs", "refresh_every", "warmup_epochs", "refresh_left"))
+    assert [e for e in range(first, epochs, every) if epochs - e >= left] == calendar
+    assert all(e % (epochs // 6) == 0 for e in calendar)
+
+
+@pytest.mark.parametrize("dataset", ["fashioniq", "cirr"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_what_the_authors_do_not_state_is_the_data_sets(dataset, method):
+    "And a full-size run looks at the validation queries after every epoch and keeps the best."
+    config = dataclasses.asdict(full_size(dataset, method))
+    stated = METHODS[method].published.get(dataset, {})
+    for name, value in SPECS[dataset].training.items(): assert config[name] == stated.get(name, value), name
+    assert config["select_on"] == "val" and config["evaluate_every"] == 1
 
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_the_small_encoder_has_one_schedule_and_parameters_win(method):
     for dataset in ("garments", "fashioniq", "cirr"):
         config = dataclasses.asdict(train_config({"dataset": dataset, "method": method}))
-        assert {name: config[name] for name in PRESETS["mini"]} == PRESETS["mini"]
+        assert {name: config[name] for name in SMALL} == SMALL
         assert config["select_on"] == ("last" if dataset == "garments" else "val")
-    mine = dict(epochs=7, lr=0.5, batch_size=3, head_rate=2.0, warmup_epochs=3, refresh_every=0, refresh_left=1, evaluate_every=2, select_on="last")
+    mine = dict(epochs=7, lr=0.5, batch_size=3, head_rate=2.0, evaluate_every=2, select_on="last")
+    if METHODS[method].uses_negatives: mine |= dict(warmup_epochs=3, refresh_every=0, refresh_left=1)
     config = dataclasses.asdict(train_config({"dataset": "cirr", "method": method, "encoder": FULL, **mine}))
     assert {name: config[name] for name in mine} == mine
+
+
+def test_the_encoder_decides_the_schedule_and_not_its_name(tmp_path):
+    folder = shutil.copytree(MINI, tmp_path / "a small one")
+    small, full = (train_config({"dataset": "fashioniq", "encoder": encoder}) for encoder in (str(folder), FULL))
+    assert small.lr == SMALL["lr"] and full.lr == SPECS["fashioniq"].training["lr"]
+    drawn = train_config({"encoder": FULL})
+    assert (drawn.lr, drawn.epochs) == (SPECS["garments"].training["lr"], SPECS["garments"].training["epochs"])
+
+
+READ_SOMETIMES = {"label_smoothing": 0.05, "aligned": False, "soft_labels": "target", "attribute_mode": "off", "pair_smoothing": 0.1,
+                  "preference_weight": 2.0, "ranking_weight": 2.0, "attribute_weight": 2.0, "contrastive_weight": 1.0,
+                  "mined_columns": True, "attribute_negatives": "own", "negatives": "hardest", "zone": "absolute",
+                  "zone_low": 0.001, "zone_high": 0.9, "zone_guard": 0.1, "negatives_per_query": 2, "warmup_epochs": 3,
+                  "refresh_every": 2, "refresh_left": 1}
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_parameter_that_the_method_does_not_read_is_refused_in_one_line(method):
+    assert set(READ_SOMETIMES) == sometimes_read(), "a value for each"
+    for name, value in READ_SOMETIMES.items():
+        values = {"method": method, name: value}
+        if name == "mined_columns": values["contrastive_weight"] = 1.0
+        if name in options_of(METHODS[method]):
+            assert getattr(train_config(values), name) == value
+            continue
+        with pytest.raises(ValueError) as refused: train_config(values)
+        said = str(refused.value)
+        assert " is not read by method " + method in said and "\n" not in said
+        assert name in said or name == "mined_columns"
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"negatives": "in_batch", "attribute_negatives": "own"}, "attribute_negatives"), ({"pair_smoothing": 0.7}, "pair_smoothing=0.7"),
+    ({"epochs": 4, "warmup_epochs": 4}, "warmup_epochs=4 leaves none of the 4 epochs"),
+    ({"epochs": 4, "warmup_epochs": 9}, "warmup_epochs=9"), ({"method": "qure", "attribute_negatives": "own"}, "not read by method qure"),
+    ({"zone_low": -1.0}, "shares from 0 to 1"), ({"zone_high": 5.0}, "shares from 0 to 1"), ({"zone_low": 0.5, "zone_high": 0.1}, "must lie below"),
+    ({"zone_guard": float("inf")}, "finite"), ({"zone_low": float("nan")}, "finite"), ({"lr": float("inf")}, "lr=inf must be a finite number"),
+    ({"lr": float("nan")}, "lr=nan"), ({"epochs": 10**12}, "epochs=1000000000000 must be at most"),
+    ({"negatives_per_query": 10_000}, "negatives_per_query=10000"), ({"preference_weight": -1.0}, "preference_weight=-1.0"),
+    ({"label_smoothing": 1.0}, "label_smoothing=1.0"), ({"dataset": "circo"}, "unknown dataset 'circo'")])
+def test_what_cannot_work_is_refused_at_once(values, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as refused: train_config(values)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("values, message", [
@@ -70,7 +145,7 @@ def test_what_cannot_be_meant_is_refused(values, message):
 @given(epochs=st.integers(1, 60), warmup=st.integers(0, 20), every=st.integers(0, 9), left=st.integers(0, 6))
 def test_refreshes_are_those_of_a_slow_calendar(epochs, warmup, every, left):
     toys = CIRDataset("garments", "train", [toy(0)], {"dress": []}, Path("nowhere"))
-    config = train_config(dict(epochs=epochs, warmup_epochs=warmup, refresh_every=every, refresh_left=left))
+    config = dataclasses.replace(train_config({}), epochs=epochs, warmup_epochs=warmup, refresh_every=every, refresh_left=left)
     data = TrainingSet(toys, {}, NegativePool(toys, {}, Random(), 0, warmup, every))
     calendar, epoch = ([warmup] if warmup < epochs else []), warmup + every
     while every and epoch < epochs:
@@ -297,7 +372,9 @@ def stop_at(moment, seen):
 
 def run_in(folder, options, moment=None):
     "Train in a folder, or until a moment; returns what happened, and the method."
-    config = train_config(dict(epochs=4, lr=1e-3, batch_size=4, device="cpu", warmup_epochs=1, refresh_every=2, evaluate_every=1, run_dir=str(folder)) | options)
+    fixed = dict(epochs=4, lr=1e-3, batch_size=4, device="cpu", evaluate_every=1, run_dir=str(folder))
+    if METHODS[options.get("method", "dqe_cir")].uses_negatives: fixed |= dict(warmup_epochs=1, refresh_every=2)
+    config = train_config(fixed | options)
     method, run, seen = build_method(config), open_run(config), []
     with stop_at(moment, seen) as look:
         try: fit(method, training_set(config, DATA, FakeTokens()), run, look)
@@ -343,12 +420,16 @@ def test_stopped_twice_and_three_times(tmp_path):
 
 
 def test_the_best_epoch_is_not_the_last_and_is_what_loading_gives(tmp_path):
-    _, method, run = run_in(tmp_path, dict(method="info_nce", select_on="val"))
-    looks = {event["epoch"]: event["metrics"]["mAP"] for event in run.events if event["kind"] == "epoch"}
-    best = max(looks, key=looks.get)
-    assert best != 4, "choose other toys: this case shows nothing"
+    "The figure is a hash of the weights, which differ in their last bits from machine to machine: so several seeds are tried."
+    for seed in range(8):
+        folder = tmp_path / f"seed {seed}"
+        _, method, run = run_in(folder, dict(method="info_nce", select_on="val", seed=seed))
+        looks = {event["epoch"]: event["metrics"]["mAP"] for event in run.events if event["kind"] == "epoch"}
+        best = max(looks, key=looks.get)
+        if best != 4: break
+    assert best != 4, "the last epoch was the best of eight runs: choose other toys"
     assert run.events[-1] == dict(kind="selection", select_on="val", measure="mAP", epoch=best, value=looks[best])
-    loaded, _ = load_run(tmp_path, "cpu")
+    loaded, _ = load_run(folder, "cpu")
     assert measured(loaded) == measured(method) == {"mAP": looks[best]}
     fresh = build_method(run.config)
     fit(fresh, training_set(run.config, DATA, FakeTokens()), run)  # finished: nothing is trained, the weights are loaded

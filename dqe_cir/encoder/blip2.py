@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'MINI', 'SMALL_WIDTH', 'Blip2Encoder', 'load_encoder', 'load_folder', 'from_lavis', 'load_file',
-           'stated_width', 'encoder_size', 'cross_attention', 'tower_fingerprint']
+           'stated_width', 'encoder_size', 'cross_attention']
 
 # %% ../../nbs/encoder/02_blip2.ipynb #7a04cac8
 import hashlib, importlib.util, json, math
@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors import SafetensorError
+from PIL import Image
 from torch import Tensor, nn
 from transformers import BertTokenizer, Blip2ForImageTextRetrieval
 
 from ..core import DataError, resolve_device
 from ..data.pictures import target_pad
-from .checkpoints import EPS, SUFFIXES, check_model, check_tokenizer, find_tokenizer
-from .checkpoints import lavis_model, load_model, read_checkpoint, usual_heads
+from .checkpoints import EPS, LIBRARY_ERRORS, check_model, check_tokenizer, find_tokenizer
+from .checkpoints import is_weight_file, lavis_model, load_model, read_checkpoint, usual_heads
 
 # %% ../../nbs/encoder/02_blip2.ipynb #1c32b175
 class Blip2Encoder(nn.Module):
@@ -37,16 +37,19 @@ class Blip2Encoder(nn.Module):
         self.vision_tower.requires_grad_(False)
 
     @property
-    def image_size(self) -> int: return self.config.vision_config.image_size
+    def image_size(self) -> int:
+        "S, the side in pixels of the pictures that the tower was made for."
+        return self.config.vision_config.image_size
 
     @property
     def token_shape(self) -> tuple[int, int]:
-        return (self.image_size // self.config.vision_config.patch_size) ** 2 + 1, len(
-            self.ln_vision.weight
-        )
+        "(P,W): what one picture is cached as."
+        side = self.image_size // self.config.vision_config.patch_size
+        return side**2 + 1, len(self.ln_vision.weight)
 
     @property
     def device(self) -> torch.device:
+        "Where the trained part is, and where tokens and words have to be."
         return self.query_tokens.device
 
     def train(self, mode: bool = True):
@@ -57,66 +60,56 @@ class Blip2Encoder(nn.Module):
 
 # %% ../../nbs/encoder/02_blip2.ipynb #25a7d7b9
 @patch
+def transform(self: Blip2Encoder, image: Image.Image) -> Tensor:
+    "A picture of any size and mode to the pixels float32 (3,S,S) that `image_tokens` reads."
+    return target_pad(image, size=self.image_size)
+
+@patch
 @torch.no_grad()
 def image_tokens(self: Blip2Encoder, pixels: Tensor) -> Tensor:
-    "Pixels (B,3,S,S) to the tower's tokens (B,P,W), before the last layer norm."
+    "Pixels (B,3,S,S) as `transform` makes them to the tower's tokens (B,P,W), before the last layer norm."
     dtype = next(self.vision_tower.parameters()).dtype
     return self.vision_tower(pixel_values=pixels.to(self.device, dtype)).last_hidden_state
 
-@patch
-def transform(self: Blip2Encoder, image) -> Tensor:
-    "A picture to the pixels (3,S,S) that the tower was made for."
-    return target_pad(image, size=self.image_size)
-
 # %% ../../nbs/encoder/02_blip2.ipynb #7da879bd
+@patch
+def _look(self: Blip2Encoder, tokens: Tensor, queries: Tensor, **options) -> Tensor:
+    "States (B,·,H) of a sequence whose query tokens look at picture tokens (B,P,W)."
+    seen = self.ln_vision(tokens.to(self.ln_vision.weight.dtype))
+    return self.qformer(query_embeds=queries, encoder_hidden_states=seen, **options).last_hidden_state
+
 @patch
 def encode_target(self: Blip2Encoder, tokens: Tensor) -> Tensor:
     "Picture tokens (B,P,W) to unit embeddings (B,T,D)."
-    queries = self.query_tokens.expand(len(tokens), -1, -1)
-    states = self.qformer(
-        query_embeds=queries,
-        encoder_hidden_states=self.ln_vision(tokens.to(self.ln_vision.weight.dtype)),
-    ).last_hidden_state
+    states = self._look(tokens, self.query_tokens.expand(len(tokens), -1, -1))
     return F.normalize(self.vision_projection(states), dim=-1)
 
 # %% ../../nbs/encoder/02_blip2.ipynb #84bfda2c
 @patch
-def fuse(
-    self: Blip2Encoder, tokens: Tensor, input_ids: Tensor, attention_mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def fuse(self: Blip2Encoder, tokens: Tensor, input_ids: Tensor,
+         attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     "Picture tokens (B,P,W) and words (B,L) to fused query states (B,T,H) and word states (B,L,H)."
-    count = self.query_tokens.shape[1]
-    sequence = self.embeddings(
-        input_ids=input_ids, query_embeds=self.query_tokens.expand(len(tokens), -1, -1)
-    )
+    count, queries = self.query_tokens.shape[1], self.query_tokens.expand(len(tokens), -1, -1)
+    sequence = self.embeddings(input_ids=input_ids, query_embeds=queries)
     mask = F.pad(attention_mask, (count, 0), value=1)
-    states = self.qformer(
-        query_embeds=sequence,
-        query_length=count,
-        attention_mask=mask,
-        encoder_hidden_states=self.ln_vision(tokens.to(self.ln_vision.weight.dtype)),
-    ).last_hidden_state
+    states = self._look(tokens, sequence, query_length=count, attention_mask=mask)
     return states[:, :count], states[:, count:]
 
 # %% ../../nbs/encoder/02_blip2.ipynb #df4d8d6d
 @patch
 def encode_text(self: Blip2Encoder, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     "Words (B,L) to unit embeddings (B,D)."
-    states = self.qformer(
-        query_embeds=self.embeddings(input_ids=input_ids),
-        query_length=0,
-        attention_mask=attention_mask,
-    ).last_hidden_state
-    return F.normalize(self.text_projection(states[:, 0]), dim=-1)
+    words = self.embeddings(input_ids=input_ids)
+    states = self.qformer(query_embeds=words, query_length=0, attention_mask=attention_mask)
+    return F.normalize(self.text_projection(states.last_hidden_state[:, 0]), dim=-1)
 
 # %% ../../nbs/encoder/02_blip2.ipynb #6aca9c48
 @patch
 def tokenize(self: Blip2Encoder, texts: list[str], longest: int = 32) -> tuple[Tensor, Tensor]:
-    "Word pieces (B,L) and their mask, padded to the longest text, cut at 32 pieces as BLIP-2 does."
+    "Word pieces and their mask, both int64 (B,L), padded to the longest text and cut at `longest` pieces."
     if self.tokenizer is None:
-        raise ValueError(
-            "this encoder has no tokenizer: give one to from_lavis, or load a folder that has one"
-        )
+        raise ValueError("this encoder has no tokenizer: give one to from_lavis, "
+                         "or load a folder that has one")
     words = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
     return words["input_ids"].to(self.device), words["attention_mask"].to(self.device)
 
@@ -125,20 +118,17 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 MINI = Path(importlib.util.find_spec("dqe_cir").origin).parent / "assets" / "mini"
 
 def load_encoder(name: str = "mini", device: str = "auto", dtype: str = "auto") -> Blip2Encoder:
-    "The encoder of a name: `mini`, a hub id, a local folder or a LAVIS file. `dtype` is that of the frozen tower: bfloat16 on a GPU, else float32."
+    """The encoder of a name: `mini`, a hub id, a local folder or a LAVIS file; in evaluation mode.
+
+    `dtype`, one of `DTYPES`, is that of the frozen tower; `auto` is bfloat16 on a GPU, else float32.
+    Weights that are missing, damaged or of another model raise `DataError`, an unknown `device` or `dtype`
+    raises `ValueError`."""
     place = resolve_device(device)
     if dtype not in DTYPES: raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    encoder = (
-        (load_file if Path(name).suffix in SUFFIXES and not Path(name).is_dir() else load_folder)(
-            name
-        )
-        .eval()
-        .to(place)
-    )
-    encoder.vision_tower.to(
-        DTYPES[dtype]
-        or (torch.bfloat16 if place.type == "cuda" and name != "mini" else torch.float32)
-    )
+    encoder = load_file(name) if is_weight_file(name) else load_folder(name)
+    usual = torch.bfloat16 if place.type == "cuda" and name != "mini" else torch.float32
+    encoder.eval().to(place)
+    encoder.vision_tower.to(DTYPES[dtype] or usual)
     return encoder
 
 # %% ../../nbs/encoder/02_blip2.ipynb #1e8c3ab3
@@ -149,28 +139,23 @@ def load_folder(name: str) -> Blip2Encoder:
         raise DataError(f"{name} is not a model folder: it has no config.json")
     try:
         (model, absent), tokenizer = load_model(source), BertTokenizer.from_pretrained(source)
-    except (OSError, ValueError, SafetensorError) as problem:
-        raise DataError(
-            f"encoder {name!r} could not be loaded: it is neither 'mini', a local folder nor a reachable hub id ({str(problem).splitlines()[0]})"
-        ) from problem
+    except LIBRARY_ERRORS as problem:
+        said = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise DataError(f"encoder {name!r} could not be loaded: it is neither 'mini', a local folder "
+                        f"nor a reachable hub id ({said})") from problem
     if absent:
-        raise DataError(
-            f"encoder {name!r} lacks {len(absent)} weights, such as {absent[0]}: the checkpoint is incomplete or of another model"
-        )
+        raise DataError(f"encoder {name!r} lacks {len(absent)} weights, such as {absent[0]}: "
+                        "the checkpoint is incomplete or of another model")
     check_tokenizer(tokenizer, model.config.qformer_config.vocab_size, name)
     return Blip2Encoder(check_model(model, name), tokenizer, getattr(model.config, "itc_temperature", 0.07))
 
 # %% ../../nbs/encoder/02_blip2.ipynb #b383eb38
-def from_lavis(
-    state_dict: dict[str, Tensor],
-    *,
-    heads: int,
-    vision_heads: int,
-    image_size: int,
-    eps: dict[str, float] = EPS,
-    tokenizer=None
-) -> Blip2Encoder:
-    "The encoder of a LAVIS state dict; its sizes are read off the tensors, which are copied. `heads` are the Q-Former's."
+def from_lavis(state_dict: dict[str, Tensor], *, heads: int, vision_heads: int, image_size: int,
+               eps: dict[str, float] = EPS, tokenizer=None) -> Blip2Encoder:
+    """The encoder of a LAVIS state dict, whose tensors are copied; all other sizes are read off them.
+
+    `heads` are the Q-Former's, `image_size` is in pixels. Numbers that the tensors rule out raise
+    `ValueError`, tensors that are missing, left over or of another model raise `DataError`."""
     model = lavis_model(state_dict, heads=heads, vision_heads=vision_heads, image_size=image_size, eps=eps)
     return Blip2Encoder(model, tokenizer, model.config.itc_temperature).eval()
 
@@ -179,13 +164,8 @@ def load_file(name: str) -> Blip2Encoder:
     "The encoder of a LAVIS checkpoint file (`.pth`, `.pt`, `.safetensors`), on the CPU."
     state = read_checkpoint(name)
     try:
-        return from_lavis(
-            state,
-            **usual_heads(state),
-            tokenizer=find_tokenizer(
-                Path(name).parent, len(state["Qformer.bert.embeddings.word_embeddings.weight"])
-            ),
-        )
+        sizes, words = usual_heads(state), len(state["Qformer.bert.embeddings.word_embeddings.weight"])
+        return from_lavis(state, **sizes, tokenizer=find_tokenizer(Path(name).parent, words))
     except DataError as problem:
         raise DataError(f"encoder {name!r}: {problem}") from problem
 
@@ -202,54 +182,45 @@ def stated_width(config: dict) -> int | None:
 
 # %% ../../nbs/encoder/02_blip2.ipynb #388b4f43
 def encoder_size(name: str) -> str:
-    """`small` or `full`: `mini` and local folders with an image tower narrower than `SMALL_WIDTH` are small, all else is full.
+    """`small` for `mini` and for a local folder with an image tower narrower than `SMALL_WIDTH`, else `full`.
 
-    `name` is that of `load_encoder` or of a native encoder (`RESNET+ROBERTA` goes by its ResNet). No weights are read and nothing is
-    downloaded; a folder without a readable configuration is full here and refused when it is loaded."""
+    `name` is that of `load_encoder` or of a native encoder (`RESNET+ROBERTA` goes by its ResNet). No weights
+    are read, nothing is downloaded. A folder without a readable configuration is full here, and refused when
+    it is loaded."""
     if name == "mini": return "small"
     folder = Path(name if Path(name).is_dir() else name.partition("+")[0])
     for file in ("open_clip_config.json", "config.json"):
         try: width = stated_width(json.loads((folder / file).read_text()))
-        except (OSError, ValueError, TypeError, AttributeError, IndexError): continue  # no configuration of a model
+        except (OSError, ValueError, TypeError, AttributeError, IndexError):
+            continue  # not there, or no configuration of a model
         if isinstance(width, int): return "small" if width < SMALL_WIDTH else "full"
     return "full"
 
 # %% ../../nbs/encoder/02_blip2.ipynb #5c13a5bc
 @torch.no_grad()
 def cross_attention(encoder: Blip2Encoder, tokens: Tensor, texts: list[str] | None = None) -> Tensor:
-    "Attention (B,T,P) of the query tokens over the picture tokens in the last cross-attention layer, averaged over heads."
-    layers = [
-        layer.crossattention.attention
-        for layer in encoder.qformer.encoder.layer
-        if layer.has_cross_attention
-    ]
-    caught, last = {}, layers[-1]
-    hooks = [
-        part.register_forward_hook(lambda _, __, out, name=name: caught.update({name: out}))
-        for name, part in (("query", last.query), ("key", last.key))
-    ]
+    """Attention (B,T,P) of the query tokens over picture tokens (B,P,W) in the last layer that looks at them.
+
+    The mean over heads; with `texts` that of the joint pass, else that of the image pass. Rows sum to 1."""
+    looking = [layer for layer in encoder.qformer.encoder.layer if layer.has_cross_attention]
+    last, caught = looking[-1].crossattention.attention, {}
+    def catch(name): return lambda _, __, states: caught.update({name: states})
+    hooks = [getattr(last, name).register_forward_hook(catch(name)) for name in ("query", "key")]
     try:
-        encoder.fuse(tokens, *encoder.tokenize(texts)) if texts else encoder.encode_target(tokens)
+        if texts: encoder.fuse(tokens, *encoder.tokenize(texts))
+        else: encoder.encode_target(tokens)
     finally:
-        [hook.remove() for hook in hooks]
-    split = lambda states: states.unflatten(-1, (last.num_attention_heads, -1)).transpose(1, 2)
-    return (
-        torch.einsum("bhtd,bhpd->bhtp", split(caught["query"]), split(caught["key"]))
-        .div(math.sqrt(last.attention_head_size))
-        .softmax(-1)
-        .mean(1)
-    )
+        for hook in hooks: hook.remove()
+    def heads(name): return caught[name].unflatten(-1, (last.num_attention_heads, -1)).transpose(1, 2)
+    scores = torch.einsum("bhtd,bhpd->bhtp", heads("query"), heads("key"))
+    return scores.div(math.sqrt(last.attention_head_size)).softmax(-1).mean(1)
 
 # %% ../../nbs/encoder/02_blip2.ipynb #3a1f48a4
-def tower_fingerprint(encoder) -> str:
-    "A hash of an encoder's frozen tower and of its image transform."
-    digest = hashlib.blake2b(f"{encoder.transform_name} {encoder.image_size}".encode(), digest_size=8)
-    for name, value in sorted(encoder.vision_tower.state_dict().items()):
+@patch
+def tower_fingerprint(self: Blip2Encoder) -> str:
+    "A hash, 16 hexadecimal digits, of the frozen tower's weights and of the image transform."
+    digest = hashlib.blake2b(f"{self.transform_name} {self.image_size}".encode(), digest_size=8)
+    for name, value in sorted(self.vision_tower.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-@patch
-def fingerprint(self: Blip2Encoder) -> str:
-    "A hash of the frozen tower's weights and of the image transform."
-    return tower_fingerprint(self)

@@ -4,28 +4,23 @@
 
 # %% auto #0
 __all__ = ['EPS', 'POSITIONS', 'PATCHES', 'BLOCKS', 'LAYERS', 'WORDS', 'HEAD_WIDTH', 'QFORMER_NAMES', 'TOWER_NAMES', 'UNUSED',
-           'SUFFIXES', 'TOWERS', 'ClipBlip2Config', 'ClipBlip2', 'tower_kind', 'shape_of', 'numbers', 'vision_sizes',
-           'qformer_sizes', 'temperature', 'lavis_config', 'usual_heads', 'lavis_names', 'library_tensor', 'listed',
-           'matched', 'library_weights', 'blank_model', 'lavis_model', 'check_model', 'look_at', 'read_tensors',
-           'with_tower', 'read_checkpoint', 'check_tokenizer', 'find_tokenizer', 'convert', 'verify', 'load_model',
-           'main']
+           'WEIGHT_SUFFIXES', 'TOWERS', 'LIBRARY_ERRORS', 'ClipBlip2Config', 'ClipBlip2', 'tower_kind', 'shape_of',
+           'numbers', 'vision_sizes', 'qformer_sizes', 'temperature', 'check_sizes', 'lavis_config', 'usual_heads',
+           'lavis_names', 'library_tensor', 'listed', 'matched', 'library_weights', 'blank_model', 'lavis_model',
+           'check_model', 'is_weight_file', 'look_at', 'read_tensors', 'with_tower', 'read_checkpoint',
+           'check_tokenizer', 'find_tokenizer', 'convert', 'same_bits', 'verify', 'load_model', 'main']
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #abb5e6c4
 import argparse, json, math, os, pickle, re, shutil, zipfile
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    BertTokenizer,
-    Blip2Config,
-    Blip2ForImageTextRetrieval,
-    Blip2QFormerModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    PreTrainedConfig,
-)
+from transformers import BertTokenizer, Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2PreTrainedModel, Blip2TextEmbeddings
 
 from ..core import DataError, writable
@@ -46,14 +41,11 @@ class ClipBlip2(Blip2ForImageTextRetrieval):
         width, embedding = config.qformer_config.hidden_size, config.image_text_hidden_size
         self.vision_model = CLIPVisionModel._from_config(config.vision_config)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, width))
-        self.embeddings, self.qformer = Blip2TextEmbeddings(
-            config.qformer_config
-        ), Blip2QFormerModel._from_config(config.qformer_config)
-        self.vision_projection, self.text_projection, self.itm_head = (
-            nn.Linear(width, embedding),
-            nn.Linear(width, embedding),
-            nn.Linear(width, 2),
-        )
+        self.embeddings = Blip2TextEmbeddings(config.qformer_config)
+        self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
+        self.vision_projection = nn.Linear(width, embedding)
+        self.text_projection = nn.Linear(width, embedding)
+        self.itm_head = nn.Linear(width, 2)
         self.post_init()
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #ea9bca1a
@@ -67,14 +59,13 @@ LAYERS, WORDS = "Qformer.bert.encoder.layer.", "Qformer.bert.embeddings.word_emb
 def tower_kind(state: dict[str, Tensor]) -> str:
     "`eva` or `clip`; `DataError` where the tensors are not those of a BLIP-2 that LAVIS made."
     if "query_tokens" not in state:
-        raise DataError(
-            f"no query_tokens among its {len(state)} entries ({', '.join(map(str, list(state)[:3]))} ...): this is not a BLIP-2 of LAVIS"
-        )
+        found = ", ".join(map(str, list(state)[:3]))
+        raise DataError(f"no query_tokens among its {len(state)} entries ({found} ...): "
+                        "this is not a BLIP-2 of LAVIS")
     for kind, name in POSITIONS.items():
         if name in state: return kind
-    raise DataError(
-        "it holds no image tower: neither visual_encoder.pos_embed (EVA ViT) nor visual_encoder.positional_embedding (CLIP ViT)"
-    )
+    eva, clip = POSITIONS["eva"], POSITIONS["clip"]
+    raise DataError(f"it holds no image tower: neither {eva} (EVA ViT) nor {clip} (CLIP ViT)")
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #abec4c3b
 def shape_of(state: dict[str, Tensor], name: str) -> torch.Size:
@@ -86,15 +77,10 @@ def shape_of(state: dict[str, Tensor], name: str) -> torch.Size:
 # %% ../../nbs/encoder/01_checkpoints.ipynb #e9d9abc3
 def numbers(state: dict[str, Tensor], prefix: str, suffix: str = "") -> list[int]:
     "The sorted numbers N for which a tensor `<prefix>N.<suffix>...` exists; at least one."
-    found = {
-        int(match[1])
-        for name in state
-        if (match := re.match(re.escape(prefix) + r"(\d+)\." + re.escape(suffix), name))
-    }
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\." + re.escape(suffix))
+    found = {int(match[1]) for name in state if (match := pattern.match(name))}
     if not found:
-        raise DataError(
-            f"it lacks {prefix}0.{suffix}*: the checkpoint is incomplete or of another model"
-        )
+        raise DataError(f"it lacks {prefix}0.{suffix}*: the checkpoint is incomplete or of another model")
     return sorted(found)
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #7c6e0a07
@@ -103,42 +89,26 @@ def vision_sizes(state: dict[str, Tensor], kind: str) -> dict:
     *_, positions, width = shape_of(state, POSITIONS[kind])
     patch, side = shape_of(state, PATCHES[kind])[-1], math.isqrt(positions - 1)
     if side * side != positions - 1:
-        raise DataError(
-            f"{POSITIONS[kind]} has {positions} rows: not one more than a square grid of patches"
-        )
+        raise DataError(f"{POSITIONS[kind]} has {positions} rows: not one more than a square grid of patches")
     wide = shape_of(state, BLOCKS[kind] + {"eva": "0.mlp.fc1.weight", "clip": "0.mlp.c_fc.weight"}[kind])[0]
-    return dict(
-        hidden_size=width,
-        intermediate_size=wide,
-        num_hidden_layers=numbers(state, BLOCKS[kind])[-1] + 1,
-        patch_size=patch,
-        image_size=side * patch,
-    )
+    layers = numbers(state, BLOCKS[kind])[-1] + 1
+    return dict(hidden_size=width, intermediate_size=wide, num_hidden_layers=layers, patch_size=patch,
+                image_size=side * patch)
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #261b3a53
 def qformer_sizes(state: dict[str, Tensor]) -> dict:
     "Sizes of the Q-Former, as the library's configuration names them."
     if WORDS not in state or LAYERS + "0.intermediate.dense.weight" not in state:
-        raise DataError(
-            "it cannot read text (use_qformer_text_input would be false): the Q-Former's layers for words are missing; "
-            "use a first-stage or retrieval checkpoint"
-        )
-    (vocabulary, width), layers, looks = (
-        state[WORDS].shape,
-        numbers(state, LAYERS),
-        numbers(state, LAYERS, "crossattention."),
-    )
-    return dict(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers[-1] + 1,
-        use_qformer_text_input=True,
-        intermediate_size=state[LAYERS + "0.intermediate.dense.weight"].shape[0],
-        cross_attention_frequency=looks[1] - looks[0] if len(looks) > 1 else layers[-1] + 1,
-        max_position_embeddings=shape_of(
-            state, "Qformer.bert.embeddings.position_embeddings.weight"
-        )[0],
-    )
+        raise DataError("it cannot read text (use_qformer_text_input would be false): the Q-Former's layers "
+                        "for words are missing; use a first-stage or retrieval checkpoint")
+    vocabulary, width = state[WORDS].shape
+    layers, looks = numbers(state, LAYERS)[-1] + 1, numbers(state, LAYERS, "crossattention.")
+    positions = shape_of(state, "Qformer.bert.embeddings.position_embeddings.weight")[0]
+    return dict(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers,
+                use_qformer_text_input=True,
+                intermediate_size=state[LAYERS + "0.intermediate.dense.weight"].shape[0],
+                cross_attention_frequency=looks[1] - looks[0] if len(looks) > 1 else layers,
+                max_position_embeddings=positions)
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #f174f033
 def temperature(state: dict[str, Tensor]) -> float:
@@ -148,35 +118,30 @@ def temperature(state: dict[str, Tensor]) -> float:
     if not 0 < value < math.inf: raise DataError(f"temp is {value}: a temperature is positive")
     return value
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #7278faec
+def check_sizes(vision: dict, qformer: dict, *, heads: int, vision_heads: int, image_size: int) -> None:
+    "`ValueError` for a size of the picture or a number of heads that the tensors rule out."
+    if vision["image_size"] != image_size:
+        found = vision["image_size"]
+        raise ValueError(f"image_size={image_size}, but the tensors are those of {found}-pixel pictures")
+    for name, sizes, count in (("heads", qformer, heads), ("vision_heads", vision, vision_heads)):
+        width = sizes["hidden_size"]
+        if count < 1 or width % count: raise ValueError(f"{name}={count} does not divide the width {width}")
+
 # %% ../../nbs/encoder/01_checkpoints.ipynb #2669fb80
-def lavis_config(
-    state: dict[str, Tensor],
-    *,
-    heads: int,
-    vision_heads: int,
-    image_size: int,
-    eps: dict[str, float] = EPS,
-) -> Blip2Config:
-    "The library's configuration of a LAVIS state dict; `eps` overrides entries of `EPS`."
-    if set(eps) - set(EPS):
-        raise ValueError(
-            f"unknown eps {', '.join(sorted(set(eps) - set(EPS)))}; known: {', '.join(EPS)}"
-        )
+def lavis_config(state: dict[str, Tensor], *, heads: int, vision_heads: int, image_size: int,
+                 eps: dict[str, float] = EPS) -> Blip2Config:
+    """The library's configuration of a LAVIS state dict; `eps` overrides entries of `EPS`.
+
+    `heads` are the Q-Former's, `image_size` is the side of a picture in pixels. `ValueError` for a number that
+    the tensors rule out, `DataError` for tensors that are missing or of another model."""
+    unknown = sorted(set(eps) - set(EPS))
+    if unknown: raise ValueError(f"unknown eps {', '.join(unknown)}; known: {', '.join(EPS)}")
     kind, eps = tower_kind(state), {**EPS, **eps}
     vision, qformer = vision_sizes(state, kind), qformer_sizes(state)
-    if vision["image_size"] != image_size:
-        raise ValueError(
-            f"image_size={image_size}, but the tensors are those of {vision['image_size']}-pixel pictures"
-        )
-    for name, width, count in (
-        ("heads", qformer["hidden_size"], heads),
-        ("vision_heads", vision["hidden_size"], vision_heads),
-    ):
-        if count < 1 or width % count: raise ValueError(f"{name}={count} does not divide the width {width}")
-    vision |= dict(
-        num_attention_heads=vision_heads,
-        layer_norm_eps=eps[{"eva": "EVA blocks", "clip": "CLIP-L blocks"}[kind]],
-    )
+    check_sizes(vision, qformer, heads=heads, vision_heads=vision_heads, image_size=image_size)
+    blocks_eps = eps[{"eva": "EVA blocks", "clip": "CLIP-L blocks"}[kind]]
+    vision |= dict(num_attention_heads=vision_heads, layer_norm_eps=blocks_eps)
     qformer |= dict(num_attention_heads=heads, layer_norm_eps=eps["Q-Former"])
     return {"eva": Blip2Config, "clip": ClipBlip2Config}[kind](
         vision_config=vision,
@@ -185,8 +150,7 @@ def lavis_config(
         ln_vision_eps=eps["ln_vision"],
         itc_temperature=temperature(state),
         num_query_tokens=shape_of(state, "query_tokens")[1],
-        image_text_hidden_size=shape_of(state, "vision_proj.weight")[0],
-    )
+        image_text_hidden_size=shape_of(state, "vision_proj.weight")[0])
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #7f7dddf8
 HEAD_WIDTH = {"Q-Former": 64, "eva": 88, "clip": 64}
@@ -195,16 +159,13 @@ def usual_heads(state: dict[str, Tensor]) -> dict[str, int]:
     "`heads`, `vision_heads` and `image_size` of a published checkpoint."
     kind = tower_kind(state)
     vision, qformer = vision_sizes(state, kind), qformer_sizes(state)
+    heads = {}
     for part, width in (("Q-Former", qformer["hidden_size"]), (kind, vision["hidden_size"])):
-        if width % HEAD_WIDTH[part]:
-            raise DataError(
-                f"its {part} is {width} wide, which heads of {HEAD_WIDTH[part]} do not divide: say the number of heads to from_lavis"
-            )
-    return dict(
-        heads=qformer["hidden_size"] // HEAD_WIDTH["Q-Former"],
-        vision_heads=vision["hidden_size"] // HEAD_WIDTH[kind],
-        image_size=vision["image_size"],
-    )
+        heads[part], rest = divmod(width, HEAD_WIDTH[part])
+        if rest:
+            raise DataError(f"its {part} is {width} wide, which heads of {HEAD_WIDTH[part]} do not divide: "
+                            "say the number of heads to from_lavis")
+    return dict(heads=heads["Q-Former"], vision_heads=heads[kind], image_size=vision["image_size"])
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #11e62f28
 QFORMER_NAMES = [
@@ -243,15 +204,10 @@ TOWER_NAMES = {
 def lavis_names(name: str, kind: str) -> tuple[str, ...]:
     "LAVIS' name of one of the library's tensors; two names where a bias is put together."
     in_tower = name.startswith("vision_model.") and not name.startswith("vision_model.post_layernorm")
-    for pattern, replacement in (
-        [(r"^vision_model\.", "visual_encoder.")] + TOWER_NAMES[kind] if in_tower else QFORMER_NAMES
-    ):
-        name = re.sub(pattern, replacement, name)
-    return (
-        (name.replace("qkv.bias", "q_bias"), name.replace("qkv.bias", "v_bias"))
-        if name.endswith("attn.qkv.bias")
-        else (name,)
-    )
+    table = [(r"^vision_model\.", "visual_encoder.")] + TOWER_NAMES[kind] if in_tower else QFORMER_NAMES
+    for pattern, replacement in table: name = re.sub(pattern, replacement, name)
+    if not name.endswith("attn.qkv.bias"): return (name,)
+    return name.replace("qkv.bias", "q_bias"), name.replace("qkv.bias", "v_bias")
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #d96d6c73
 def library_tensor(name: str, parts: list[Tensor]) -> Tensor:
@@ -269,96 +225,81 @@ def listed(names) -> str:
     return f"{len(names)} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #83e5ff2c
-def matched(
-    state: dict[str, Tensor],
-    model: nn.Module,
-    sources: dict[str, tuple[str, ...]],
-    unread: re.Pattern = UNUSED,
-) -> dict[str, Tensor]:
-    "The model's state dict from tensors of other names, its `sources`; missing, surplus or misshapen ones raise `DataError` with those names."
+def matched(state: dict[str, Tensor], model: nn.Module, sources: dict[str, tuple[str, ...]],
+            unread: re.Pattern = UNUSED) -> dict[str, Tensor]:
+    """The model's state dict from tensors of other names, its `sources`.
+
+    Missing, surplus or misshapen ones raise `DataError` with those names; `unread` are those nobody needs."""
     needed = {source for names in sources.values() for source in names}
-    missing, surplus = needed - set(state), {name for name in set(state) - needed if not unread.match(name)}
+    missing = needed - set(state)
+    surplus = {name for name in set(state) - needed if not unread.match(name)}
     if missing:
-        raise DataError(
-            f"missing tensors: {listed(missing)}; the checkpoint is incomplete or of another model"
-        )
+        raise DataError(f"missing tensors: {listed(missing)}; "
+                        "the checkpoint is incomplete or of another model")
     if surplus: raise DataError(f"surplus tensors: {listed(surplus)}; the checkpoint is of another model")
-    weights, expected = {
-        name: library_tensor(name, [state[source] for source in names])
-        for name, names in sources.items()
-    }, model.state_dict()
-    for name, weight in weights.items():
-        if weight.shape != expected[name].shape:
-            raise DataError(
-                f"{' and '.join(sources[name])}: shape {tuple(weight.shape)} where the other tensors call for {tuple(expected[name].shape)}"
-            )
+    expected, weights = model.state_dict(), {}
+    for name, parts in sources.items():
+        weight, shape = library_tensor(name, [state[part] for part in parts]), tuple(expected[name].shape)
+        if weight.shape != shape:
+            raise DataError(f"{' and '.join(parts)}: shape {tuple(weight.shape)} "
+                            f"where the other tensors call for {shape}")
+        weights[name] = weight
     return weights
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #7a2d451a
 def library_weights(state: dict[str, Tensor], model: nn.Module, kind: str) -> dict[str, Tensor]:
     "The model's state dict from LAVIS' tensors, of which `temp` is no weight."
-    return matched(
-        {name: value for name, value in state.items() if name != "temp"},
-        model,
-        {name: lavis_names(name, kind) for name in model.state_dict()},
-    )
+    weights = {name: value for name, value in state.items() if name != "temp"}
+    return matched(weights, model, {name: lavis_names(name, kind) for name in model.state_dict()})
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #09219ace
 def blank_model(config: Blip2Config) -> Blip2ForImageTextRetrieval:
     "The library's model of a configuration, laid out on torch's meta device: shapes without memory."
-    with torch.device("meta"):
-        model = (ClipBlip2 if isinstance(config, ClipBlip2Config) else Blip2ForImageTextRetrieval)(
-            config
-        )
-    for part in (
-        model.embeddings,
-        model.vision_model.embeddings,
-    ):  # counters are no weights: a state dict would not bring them
-        if hasattr(part, "position_ids"):
+    kind = ClipBlip2 if isinstance(config, ClipBlip2Config) else Blip2ForImageTextRetrieval
+    with torch.device("meta"): model = kind(config)
+    for part in (model.embeddings, model.vision_model.embeddings):
+        if hasattr(part, "position_ids"):  # a counter, which no state dict would bring
             part.position_ids = torch.arange(part.position_ids.shape[-1], device="cpu")[None]
-    model.vision_model.post_layernorm.eps = getattr(
-        config, "ln_vision_eps", model.vision_model.post_layernorm.eps
-    )
+    norm = model.vision_model.post_layernorm
+    norm.eps = getattr(config, "ln_vision_eps", norm.eps)
     return model.eval()
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #f17d4de2
 def lavis_model(state: dict[str, Tensor], **sizes) -> Blip2ForImageTextRetrieval:
-    "The library's model in float32 with a copy of LAVIS' weights; `config.itc_temperature` has the temperature."
+    "The library's model in float32 with a copy of LAVIS' weights; its config has the temperature."
     model = blank_model(lavis_config(state, **sizes))
     weights = library_weights(state, model, tower_kind(state))
-    model.load_state_dict(
-        {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}, assign=True
-    )
+    copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
+    model.load_state_dict(copies, assign=True)
     return check_model(model, "from LAVIS")
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #780339a4
 def check_model(model: Blip2ForImageTextRetrieval, name: str) -> Blip2ForImageTextRetrieval:
     "The model, if its Q-Former can read words and its query tokens are not all zero; else `DataError`."
     if not model.config.qformer_config.use_qformer_text_input:
-        raise DataError(
-            f"encoder {name!r} cannot read text: use_qformer_text_input is false in its config.json; use a retrieval (itm) checkpoint"
-        )
+        raise DataError(f"encoder {name!r} cannot read text: use_qformer_text_input is false "
+                        "in its config.json; use a retrieval (itm) checkpoint")
     if not model.query_tokens.abs().sum():
-        raise DataError(
-            f"encoder {name!r} has all-zero query tokens: the checkpoint holds no trained Q-Former"
-        )
+        raise DataError(f"encoder {name!r} has all-zero query tokens: "
+                        "the checkpoint holds no trained Q-Former")
     return model
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #f3e82850
-SUFFIXES = (".pth", ".pt", ".safetensors")
+WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
+
+def is_weight_file(name: str) -> bool:
+    "Is this the name of one file of weights, and not of a folder or hub id?"
+    return Path(name).suffix in WEIGHT_SUFFIXES and not Path(name).is_dir()
 
 def look_at(path: Path) -> None:
     "`DataError` for a file that is absent, empty, a Git LFS pointer or a web page."
     if not path.is_file():
-        raise DataError(
-            f"{path} does not exist: give the path of a checkpoint ({', '.join(SUFFIXES)})"
-        )
+        kinds = ", ".join(WEIGHT_SUFFIXES)
+        raise DataError(f"{path} does not exist: give the path of a checkpoint ({kinds})")
     with path.open("rb") as file: start = file.read(64)
     if not start: raise DataError(f"{path} is empty: download it again")
     if start.startswith(b"version https://git-lfs"):
-        raise DataError(
-            f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`"
-        )
+        raise DataError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise DataError(f"{path} is a web page, not a checkpoint: download the file itself")
 
@@ -371,21 +312,17 @@ def read_tensors(path: Path) -> dict:
         if path.suffix == ".safetensors": return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as problem:
-        raise DataError(
-            f"{path} holds more than tensors, and loading that could run code: save its state dict alone, on a machine that trusts it"
-        ) from problem
+        raise DataError(f"{path} holds more than tensors, and loading that could run code: "
+                        "save its state dict alone, on a machine that trusts it") from problem
     except Exception as problem:
-        raise DataError(
-            f"{path} is cut off or damaged ({str(problem).splitlines()[0] if str(problem) else type(problem).__name__}): download it again"
-        ) from problem
+        said = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise DataError(f"{path} is cut off or damaged ({said}): download it again") from problem
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #53e9094c
-TOWERS = {
+TOWERS = {  # by width: the file, and what of it BLIP-2 uses
     1408: ("eva_vit_g.pth", r"cls_token$|pos_embed$|patch_embed\.|blocks\.(?!39\.)"),
-    1024: (
-        "clip_vit_L.pth",
-        r"class_embedding$|positional_embedding$|conv1\.|ln_pre\.|transformer\.resblocks\.(?!23\.)",
-    ),
+    1024: ("clip_vit_L.pth", r"class_embedding$|positional_embedding$|conv1\.|ln_pre\."
+                             r"|transformer\.resblocks\.(?!23\.)"),
 }
 
 def with_tower(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -393,9 +330,8 @@ def with_tower(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     if any(name.startswith("visual_encoder.") for name in state): return state
     name, wanted = TOWERS.get(shape_of(state, "ln_vision.weight")[0], TOWERS[1408])
     if not (path.parent / name).exists():
-        raise DataError(
-            f"{path} holds no image tower, because LAVIS leaves out what was frozen: put {name} beside it"
-        )
+        raise DataError(f"{path} holds no image tower, because LAVIS leaves out what was frozen: "
+                        f"put {name} beside it")
     tower = read_tensors(path.parent / name)
     return state | {f"visual_encoder.{key}": value for key, value in tower.items() if re.match(wanted, key)}
 
@@ -408,9 +344,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     inside = [content] + [value for value in content.values() if isinstance(value, dict)]
     state = next((part for part in inside if "query_tokens" in part), None)
     if state is None:
-        raise DataError(
-            f"{path} is not a BLIP-2 of LAVIS: no query_tokens among {', '.join(map(str, list(max(inside, key=len))[:3]))} ..."
-        )
+        found = ", ".join(map(str, list(max(inside, key=len))[:3]))
+        raise DataError(f"{path} is not a BLIP-2 of LAVIS: no query_tokens among {found} ...")
     return with_tower(dict(state), path)
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #148838b6
@@ -418,90 +353,80 @@ def check_tokenizer(tokenizer: BertTokenizer, vocabulary: int, name: str) -> Ber
     "The tokenizer, if it has words and no more of them than the model has embeddings; else `DataError`."
     words = tokenizer.vocab_size  # without added tokens such as the hub's <image>, which no request contains
     if words <= len(tokenizer.all_special_ids):
-        raise DataError(
-            f"no vocabulary for {name}: put the vocab.txt of bert-base-uncased there, or let the hub be reached"
-        )
+        raise DataError(f"no vocabulary for {name}: put the vocab.txt of bert-base-uncased there, "
+                        "or let the hub be reached")
     if words > vocabulary:
-        raise DataError(
-            f"the tokenizer of {name} has {words} words, but the checkpoint has embeddings for {vocabulary} only"
-        )
+        raise DataError(f"the tokenizer of {name} has {words} words, "
+                        f"but the checkpoint has embeddings for {vocabulary} only")
     return tokenizer
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #98c08592
 def find_tokenizer(folder: Path, vocabulary: int) -> BertTokenizer:
-    "The tokenizer in a folder, else that of bert-base-uncased, with `[DEC]` added where the embeddings have a row for it."
+    "The tokenizer in a folder, else that of bert-base-uncased; with `[DEC]` where there is a row for it."
     beside = any((Path(folder) / name).exists() for name in ("vocab.txt", "tokenizer.json"))
     try:
         tokenizer = BertTokenizer.from_pretrained(str(folder) if beside else "bert-base-uncased")
     except (OSError, ValueError) as problem:
-        raise DataError(
-            f"no vocabulary for {folder}: put the vocab.txt of bert-base-uncased there"
-        ) from problem
+        said = f"no vocabulary for {folder}: put the vocab.txt of bert-base-uncased there"
+        raise DataError(said) from problem
     if len(tokenizer) == vocabulary - 1: tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     return check_tokenizer(tokenizer, vocabulary, str(folder))
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #fbbc84b4
 def convert(source: Path, folder: Path) -> Path:
-    "Write a LAVIS checkpoint as a folder in Hugging Face's format, then `verify` it. An existing folder is never overwritten."
+    "Write a LAVIS checkpoint as a new folder in Hugging Face's format, then `verify` it."
     source, folder = Path(source), Path(folder)
     if folder.exists(): raise DataError(f"{folder} exists already: delete it, or name another folder")
     writable(folder.parent)
     state, part = read_checkpoint(source), folder.with_name(f"{folder.name}.part-{os.getpid()}")
     model = blank_model(lavis_config(state, **usual_heads(state)))
-    weights, tokenizer = library_weights(state, model, tower_kind(state)), find_tokenizer(
-        source.parent, model.config.qformer_config.vocab_size
-    )
+    weights = library_weights(state, model, tower_kind(state))
+    tokenizer = find_tokenizer(source.parent, model.config.qformer_config.vocab_size)
     if not weights["query_tokens"].any():
-        raise DataError(
-            f"{source} has all-zero query tokens: the checkpoint holds no trained Q-Former"
-        )
+        raise DataError(f"{source} has all-zero query tokens: the checkpoint holds no trained Q-Former")
     model.config.architectures = [type(model).__name__]
     try:
         model.config.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        save_file(
-            {name: weight.contiguous() for name, weight in weights.items()},
-            part / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-        os.replace(part, folder)
+        solid = {name: weight.contiguous() for name, weight in weights.items()}
+        save_file(solid, part / "model.safetensors", metadata={"format": "pt"})
+        os.replace(part, folder)  # a whole folder at once, which core.replacing does not do
     finally:
         shutil.rmtree(part, ignore_errors=True)
     verify(source, folder)
     return folder
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #f1019cc2
+def same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    "Are two tensors of one type and shape, and equal bit for bit?"
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape): return False
+    return torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8))
+
 # %% ../../nbs/encoder/01_checkpoints.ipynb #5c4dbfd5
 def verify(source: Path, folder: Path) -> int:
-    "Compare a converted folder with its source bit for bit. Returns the number of tensors; any difference raises `DataError`."
+    "The number of tensors of a converted folder that equal its source's; a difference raises `DataError`."
     state, stored = read_checkpoint(source), read_tensors(Path(folder) / "model.safetensors")
     model = blank_model(lavis_config(state, **usual_heads(state)))
     config = json.loads((Path(folder) / "config.json").read_text())
     expected = library_weights(state, model, tower_kind(state))
-    bits = lambda tensor: (tensor.dtype, tensor.shape, tensor.contiguous().view(torch.uint8))
-    same = lambda ours, theirs: ours[:2] == theirs[:2] and torch.equal(ours[2], theirs[2])
-    wrong = set(expected) ^ set(stored) | {
-        name
-        for name in set(expected) & set(stored)
-        if not same(bits(stored[name]), bits(expected[name]))
-    }
+    both, wrong = set(expected) & set(stored), set(expected) ^ set(stored)
+    wrong |= {name for name in both if not same_bits(stored[name], expected[name])}
     if wrong:
-        raise DataError(
-            f"{folder} differs from {source} in {listed(wrong)}: delete it and convert again"
-        )
-    kept = config.get("itc_temperature")
-    if kept != temperature(state):
-        raise DataError(
-            f"{folder}: itc_temperature is {kept}, not {temperature(state)} as in {source}"
-        )
+        raise DataError(f"{folder} differs from {source} in {listed(wrong)}: delete it and convert again")
+    kept, wanted = config.get("itc_temperature"), temperature(state)
+    if kept != wanted: raise DataError(f"{folder}: itc_temperature is {kept}, not {wanted} as in {source}")
     return len(expected)
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #62ae957d
+LIBRARY_ERRORS = (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError,
+                  StrictDataclassError)
+
 def load_model(source: str) -> tuple[Blip2ForImageTextRetrieval, list[str]]:
     "The model of a folder or hub id in Hugging Face's format, in float32, and the names of weights it lacks."
-    kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
-    model, loading = (
-        ClipBlip2 if kind == ClipBlip2Config.model_type else Blip2ForImageTextRetrieval
-    ).from_pretrained(source, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    clip = PreTrainedConfig.get_config_dict(source)[0].get("model_type") == ClipBlip2Config.model_type
+    kind = ClipBlip2 if clip else Blip2ForImageTextRetrieval
+    model, loading = kind.from_pretrained(
+        source, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     norm = model.vision_model.post_layernorm
     norm.eps = getattr(model.config, "ln_vision_eps", norm.eps)
     return model, sorted(name for name in loading["missing_keys"] if not name.startswith("itm_head"))
@@ -511,14 +436,14 @@ def main(arguments: list[str] | None = None) -> int:
     "`python -m dqe_cir.encoder convert|verify SOURCE FOLDER`: 0 if the folder equals the checkpoint."
     parser = argparse.ArgumentParser(prog="python -m dqe_cir.encoder")
     parser.add_argument("action", choices=("convert", "verify"))
-    parser.add_argument("source"), parser.add_argument("folder")
+    parser.add_argument("source")
+    parser.add_argument("folder")
     chosen = parser.parse_args(arguments)
     try:
         if chosen.action == "convert": convert(chosen.source, chosen.folder)
-        print(
-            f"{chosen.folder}: {verify(chosen.source, chosen.folder)} tensors equal those of {chosen.source}"
-        )
+        count = verify(chosen.source, chosen.folder)
     except DataError as problem:
         print(problem)
         return 1
+    print(f"{chosen.folder}: {count} tensors equal those of {chosen.source}")
     return 0

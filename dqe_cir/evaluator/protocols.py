@@ -37,6 +37,7 @@ ORDERS = {
     "both": "both captions joined in either order, every query asked twice",
 }
 
+# %% ../../nbs/evaluator/01_protocols.ipynb #be759c40
 @patch
 def sentence(self: Protocol, images: int) -> str:
     "The rules in words, for a gallery of so many images."
@@ -94,7 +95,8 @@ def check_choices(dataset: str, chosen: dict) -> None:
 
 # %% ../../nbs/evaluator/01_protocols.ipynb #6494678c
 def protocol_for(dataset: str, preset: str = "", **options) -> Protocol:
-    "The protocol of the system `preset`, or the data set's own; `options` that are neither empty nor None replace its fields."
+    """The protocol of the system `preset`, or the data set's own; `options` that are neither empty nor None
+    replace its fields."""
     if dataset not in PROTOCOLS:
         raise ValueError(f"unknown dataset {dataset!r}; choose one of {', '.join(PROTOCOLS)}")
     presets = named_protocols(dataset)

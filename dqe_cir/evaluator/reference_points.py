@@ -19,23 +19,24 @@ from ..methods.base import Method
 class ImageOnly(Method):
     "The reference image's mean embedding as query."
     def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
+        "Reference tokens (B,P,W) to unit queries (B,D); the texts are not read."
         return F.normalize(self.encode_target(reference).mean(1), dim=-1)
 
 # %% ../../nbs/evaluator/03_reference_points.ipynb #dcaa1ea6
 class TextOnly(Method):
     "The text's embedding as query."
     def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
+        "B texts to unit queries (B,D); the reference (B,P,W) is not looked at."
         return self.encoder.encode_text(*self.encoder.tokenize(texts))
 
 # %% ../../nbs/evaluator/03_reference_points.ipynb #6cdd3a4d
 class LateFusion(Method):
     "The sum of the two unit vectors as query."
     def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
-        return F.normalize(
-            ImageOnly.encode_query(self, reference, texts)
-            + TextOnly.encode_query(self, reference, texts),
-            dim=-1,
-        )
+        "Reference tokens (B,P,W) and B texts to unit queries (B,D)."
+        image = ImageOnly.encode_query(self, reference, texts)
+        text = TextOnly.encode_query(self, reference, texts)
+        return F.normalize(image + text, dim=-1)
 
 # %% ../../nbs/evaluator/03_reference_points.ipynb #a54f195c
 def oracle(dataset: CIRDataset, seed: int = 0) -> list[GalleryScores]:
@@ -43,27 +44,22 @@ def oracle(dataset: CIRDataset, seed: int = 0) -> list[GalleryScores]:
     scored = []
     for name, rows in gallery_rows(dataset).items():
         gallery = dataset.galleries[name]
-        part = GalleryScores(
-            rows,
-            gallery,
-            torch.rand(len(rows), len(gallery), generator=generator(seed, "oracle", name)),
-        )
-        part.scores += relevance(dataset, part)
-        scored.append(part)
+        luck = torch.rand(len(rows), len(gallery), generator=generator(seed, "oracle", name))
+        gallery_scores = GalleryScores(rows, gallery, luck)
+        gallery_scores.scores += relevance(dataset, gallery_scores)
+        scored.append(gallery_scores)
     return scored
 
 # %% ../../nbs/evaluator/03_reference_points.ipynb #6fb03b82
 def reference_points(
     encoder, dataset: CIRDataset, tokens, untrained: Method | None = None
 ) -> dict[str, dict[str, float]]:
-    "Metrics of the untrained retrievers, and of the oracle where the right answers are known."
-    kinds = {
-        "image only": ImageOnly(encoder),
-        "text only": TextOnly(encoder),
-        "late fusion": LateFusion(encoder),
-    }
+    """Name to metrics in percent of the untrained retrievers, and of the oracle where the right answers are
+    known."""
+    kinds = {"image only": ImageOnly, "text only": TextOnly, "late fusion": LateFusion}
     if not hasattr(encoder, "encode_text"): kinds = {}  # images and texts that were never trained together
-    if untrained is not None: kinds["joint, untrained"] = untrained
-    points = {name: evaluate(kind, dataset, tokens).metrics for name, kind in kinds.items()}
+    methods = {name: kind(encoder) for name, kind in kinds.items()}
+    if untrained is not None: methods["joint, untrained"] = untrained
+    points = {name: evaluate(method, dataset, tokens).metrics for name, method in methods.items()}
     if dataset.attributes: points["oracle"] = evaluate_scores(dataset, oracle(dataset)).metrics
     return points
