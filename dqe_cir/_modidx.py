@@ -1361,6 +1361,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'dqe_cir.show.diagrams.check_clear': ('show/diagrams.html#check_clear', 'dqe_cir/show/diagrams.py'),
                                        'dqe_cir.show.diagrams.check_diagram': ( 'show/diagrams.html#check_diagram',
                                                                                 'dqe_cir/show/diagrams.py'),
+                                       'dqe_cir.show.diagrams.course': ('show/diagrams.html#course', 'dqe_cir/show/diagrams.py'),
                                        'dqe_cir.show.diagrams.drawn_arrow': ('show/diagrams.html#drawn_arrow', 'dqe_cir/show/diagrams.py'),
                                        'dqe_cir.show.diagrams.drawn_box': ('show/diagrams.html#drawn_box', 'dqe_cir/show/diagrams.py'),
                                        'dqe_cir.show.diagrams.ends': ('show/diagrams.html#ends', 'dqe_cir/show/diagrams.py'),
