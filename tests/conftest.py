@@ -14,26 +14,26 @@ settings.load_profile("house")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def yardstick(folder):
-    "A function name -> path below `shared/<folder>` beside the checkout; it skips the test where that is absent."
-    def find(name):
-        path = ROOT.parent / "shared" / folder / name
-        if not path.exists():
-            pytest.skip(f"shared/{folder}/{name} is not beside this checkout")
-        return path
-    return find
+REFERENCE = ROOT / "tests" / "golden" / "reference"  # the figures of other programs that are small enough to come along
+
+
+def beside(folder, name):
+    "The path of `shared/<folder>/<name>` beside the checkout; skips the test where that is absent."
+    path = ROOT.parent / "shared" / folder / name
+    if not path.exists(): pytest.skip(f"shared/{folder}/{name} is not beside this checkout")
+    return path
 
 
 @pytest.fixture(scope="session")
 def golden():
-    "golden('cirr_metrics.json') -> Path of a reference result."
-    return yardstick("golden")
+    "golden('losses.json') -> Path of a reference result, in tests/golden/reference or beside the checkout."
+    return lambda name: REFERENCE / name if (REFERENCE / name).exists() else beside("golden", name)
 
 
 @pytest.fixture(scope="session")
 def annotations():
     "annotations('cirr') -> Path of a data set's real annotation files (no images)."
-    return yardstick("annotations")
+    return lambda name: beside("annotations", name)
 
 
 @pytest.fixture

@@ -59,6 +59,18 @@ def test_a_model_that_kept_nothing_has_no_lessons(tmp_path):
     assert not (bare.save(tmp_path / "again") / ROWS).exists()
 
 
+def test_what_was_taught_is_looked_for_once(tmp_path, monkeypatch):
+    "Also when nothing is found: making lessons embeds every training query."
+    looked = []
+    monkeypatch.setattr("dqe_cir.retriever.explain.lessons_of_run", lambda *about: looked.append(about))
+    shutil.copytree(SHIPPED, tmp_path / "bare", ignore=shutil.ignore_patterns(ROWS, VECTORS))
+    bare = Retriever.load(tmp_path / "bare", device="cpu")
+    assert looked == [] and bare.lessons is None and bare.lessons is None and len(looked) == 1
+    monkeypatch.setattr("dqe_cir.retriever.explain.read_lessons", lambda folder: looked.append(folder))
+    assert bare.lessons is None and len(looked) == 1
+    assert Retriever(bare.method, bare.config).lessons is None and len(looked) == 1, "it was loaded from nowhere"
+
+
 def test_saved_lessons_are_loaded_again(shipped, tmp_path):
     again = Retriever.load(shipped.save(tmp_path / "copy"), device="cpu")
     assert again.lessons.taught == shipped.lessons.taught

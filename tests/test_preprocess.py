@@ -24,17 +24,28 @@ TRANSFORMS = {
 BLACK = -torch.tensor(CLIP_MEAN) / torch.tensor(CLIP_STD)
 
 
+@pytest.fixture(scope="module", params=["preprocess_part", "preprocess"])
+def stored(request): return request.param
+
+
+def read_pixels(array):
+    "(3,S,S) as the model takes it; the part holds the eight bits that it was made of."
+    if array.dtype != np.uint8: return torch.from_numpy(array)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return (torch.from_numpy(array) / 255 - mean) / std
+
+
 @pytest.fixture(scope="module")
-def pictures(golden):
-    "The nine reference pictures as Pillow images, and what the references made of them."
-    facts = json.loads(golden("preprocess.json").read_text())["images"]
-    arrays = np.load(golden("preprocess.npz"))
+def pictures(golden, stored):
+    "The reference pictures as Pillow images, and what the references made of them."
+    facts = json.loads(golden(f"{stored}.json").read_text())["images"]
+    arrays = np.load(golden(f"{stored}.npz"))
     images = []
     for fact in facts:
         i, pixels = fact["index"], arrays[f"img{fact['index']}_pixels"]
         image = Image.frombytes(fact["mode"], (fact["width"], fact["height"]), pixels.tobytes())
         if fact["mode"] == "P": image.putpalette(arrays[f"img{i}_palette"].tobytes())
-        images.append((image, {name: torch.from_numpy(arrays[f"img{i}_{name}"]) for name in TRANSFORMS}))
+        images.append((image, {name: read_pixels(arrays[f"img{i}_{name}"]) for name in TRANSFORMS}))
     return images
 
 
@@ -44,7 +55,7 @@ def of_mode(pictures, *modes): return [(image, expected) for image, expected in 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_rgb_and_grey_pictures_equal_the_references(pictures, name):
     chosen = of_mode(pictures, "RGB", "L")
-    assert len(chosen) == 6
+    assert len(chosen) >= 5
     for image, expected in chosen: assert_close(TRANSFORMS[name](image), expected[name], atol=1e-5, rtol=0)
 
 
@@ -106,14 +117,14 @@ def test_below_the_ratio_nothing_is_padded(short, stretch):
 # ---- captions
 
 @pytest.fixture(scope="module")
-def sentences(golden): return json.loads(golden("preprocess.json").read_text())["captions"]["rows"]
+def sentences(golden, stored): return json.loads(golden(f"{stored}.json").read_text())["captions"]["rows"]
 
 
 def both_said(row): return all(caption.strip(".?, ") for caption in row["captions"])
 
 
 def test_joined_captions_equal_the_references(sentences):
-    assert len(sentences) == 46
+    assert len(sentences) >= 10
     for row in sentences: assert join_captions(*row["captions"]) == row["joined"]
     for row in filter(both_said, sentences): assert caption_text(tuple(row["captions"])) == row["joined"]
 

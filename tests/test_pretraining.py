@@ -3,6 +3,7 @@ import json
 import math
 import re
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import Blip2ForImageTextRetrieval
 
 from dqe_cir.encoder import pretraining
 from dqe_cir.encoder import MINI, load_encoder
+from dqe_cir.encoder.blip2 import encoder_size
 from dqe_cir.data.garments.draw import ATTRIBUTES, CATEGORIES, Garment, draw_garment
 from dqe_cir.data.garments.requests import caption_corpus, caption_of
 from dqe_cir.encoder.pretraining import GridHead, QUESTIONS, accuracies, answer_loss, augmented
@@ -174,6 +176,27 @@ def test_the_library_reads_what_we_save(pictures, tmp_path):
     torch.testing.assert_close(theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits_per_image, ours)
     again = load_encoder(str(folder), device="cpu")
     assert again.temperature == pytest.approx(0.0421) and again.tokenizer.get_vocab() == encoder.tokenizer.get_vocab()
+
+
+def test_what_is_saved_is_an_encoder_and_no_run(pictures, tmp_path):
+    "Both lie in runs/ with a config.json and weights. The encoder's states its type, and neither method nor data set."
+    folder = save_encoder(new_encoder(0), tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == "blip-2" and not {"method", "dataset", "form", "epochs"} & set(config)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert encoder_size(str(folder)) == "small"
+
+
+def test_a_model_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = save_encoder(new_encoder(0), tmp_path / "saved")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(source, place):
+        Path(place).write_bytes(b"half")
+        raise OSError("no space left")
+    monkeypatch.setattr("dqe_cir.encoder.pretraining.shutil.copyfile", full)
+    with pytest.raises(OSError, match="no space left"): save_encoder(new_encoder(1), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # ---- vocabulary

@@ -67,15 +67,17 @@ def fashioniq(arrays, categories=CATEGORIES, gallery="{}_gallery", query="{}_que
 @pytest.mark.parametrize("name, rules", [("original_split", FASHIONIQ_RULES["sprc"]), ("original_split_without_reference", FASHIONIQ_RULES["covr"]),
                                          ("original_split_without_reference", FASHIONIQ_RULES["cosmo"]), ("union_split", protocol_for("fashioniq", gallery="val_union")),
                                          ("union_split_without_reference", FASHIONIQ_RULES["mgur"])])
-def test_fashioniq_by_the_rules_of_each_system(golden, name, rules):
-    arrays, expected = load(golden, "fashioniq_metrics")
-    dataset, queries, images = fashioniq(arrays)
+@pytest.mark.parametrize("stored", ["fashioniq_dress", "fashioniq_metrics"])
+def test_fashioniq_by_the_rules_of_each_system(golden, stored, name, rules):
+    arrays, expected = load(golden, stored)
+    categories = [category for category in CATEGORIES if category in expected]
+    dataset, queries, images = fashioniq(arrays, categories)
     method = Stored(queries)
     result = evaluate(method, dataset, images, rules)
     times, first = 1 + (rules.caption_order == "both"), 0
-    assert len(result.dataset.triplets) == len(result.top) == len(result.measures["rank"]) == times * 6_016
+    assert len(result.dataset.triplets) == len(result.top) == len(result.measures["rank"]) == times * len(dataset.triplets)
     assert {captions[0].split()[0] for captions in method.asked} == ({"first", "second"} if times == 2 else {"first"})
-    for category in CATEGORIES:
+    for category in categories:
         wanted = expected[category][name]
         rows = torch.tensor([t.category == category for t in result.dataset.triplets])
         assert len(result.dataset.galleries[category]) == expected[category]["n_union" if rules.gallery == "val_union" else "n_gallery"]
@@ -84,15 +86,16 @@ def test_fashioniq_by_the_rules_of_each_system(golden, name, rules):
             hits = round(wanted[f"recall_at{k}"] / 100 * expected[category]["n_query"])
             assert int((result.measures["rank"][rows] <= k).sum()) == times * hits
             if k > 1: assert result.metrics[f"{category} R@{k}"] == pytest.approx(wanted[f"recall_at{k}"], abs=1e-4)
-    average = expected["average"][name]
-    found = [result.metrics[key] for key in ("R@10", "R@50", "mean")]
-    assert found == pytest.approx([average["recall_at10"], average["recall_at50"], average["average_recall"]], abs=1e-4)
+    if len(categories) == 3:
+        average = expected["average"][name]
+        found = [result.metrics[key] for key in ("R@10", "R@50", "mean")]
+        assert found == pytest.approx([average["recall_at10"], average["recall_at50"], average["average_recall"]], abs=1e-4)
     assert ("removed" in result.protocol) == rules.exclude_reference and ("references and targets" in result.protocol) == (rules.gallery == "val_union")
 
 
-@pytest.mark.parametrize("category", ["dress", "toptee"])
-def test_qure_scores_an_image_by_its_best_token(golden, category):
-    arrays, expected = load(golden, "fashioniq_metrics")
+@pytest.mark.parametrize("stored, category", [("fashioniq_dress", "dress"), ("fashioniq_metrics", "toptee")])
+def test_qure_scores_an_image_by_its_best_token(golden, stored, category):
+    arrays, expected = load(golden, stored)
     dataset, queries, images = fashioniq(arrays, [category], "{}_gallery_tokens", "{}_query_single")
     result = evaluate(Stored(queries), dataset, images, protocol_for("fashioniq", "qure"))
     for k in (10, 50):
@@ -150,7 +153,7 @@ def cirr(arrays, split):
 
 
 def test_cirr_val(golden):
-    arrays, expected = load(golden, "cirr_metrics")
+    arrays, expected = load(golden, "cirr_val")
     dataset, method, images = cirr(arrays, "val")
     result = evaluate(method, dataset, images)
     count = lambda measure, k: int((result.measures[measure] <= k).sum())
@@ -170,10 +173,12 @@ def test_cirr_test_files_are_the_reference_files(golden, tmp_path):
     with pytest.raises(ValueError, match="the test1 split of cirr has no targets: it can be submitted, not evaluated"): evaluate(method, dataset, images)
 
 
-def test_a_real_test_split_that_lacks_queries_is_not_submitted(golden):
-    arrays, _ = load(golden, "cirr_metrics")
-    dataset, method, images = cirr(arrays, "test1")
-    with pytest.raises(ValueError, match="9 queries; the test split has 4148"): submissions(method, dataclasses.replace(dataset, triplets=dataset.triplets[:9]), images)
+def test_a_test_split_that_lacks_queries_is_not_submitted(golden):
+    dataset, method, images = cirr(load(golden, "cirr_val")[0], "val")
+    hidden = [dataclasses.replace(triplet, target=None) for triplet in dataset.triplets[:9]]
+    dataset = dataclasses.replace(dataset, split="test1", triplets=hidden)
+    with pytest.raises(ValueError, match="9 queries; the test split has 4148"): submissions(method, dataset, images)
+    with pytest.raises(ValueError, match="the test1 split of cirr has no targets: it can be submitted, not evaluated"): evaluate(method, dataset, images)
 
 
 # ---- CIRCO
@@ -242,7 +247,7 @@ def test_circo_submission_removes_the_reference_or_keeps_it():
 
 def test_every_protocol_has_its_own_sentence_and_label():
     rules = {r for name in PROTOCOLS for r in named_protocols(name).values()} | set(PROTOCOLS.values())
-    assert len({(r.dataset, r.sentence(9)) for r in rules}) == len({(r.dataset, r.label()) for r in rules}) == len(rules) == 9
+    assert len({(r.dataset, r.sentence(9)) for r in rules}) == len({(r.dataset, r.label()) for r in rules}) == len(rules) > len(PROTOCOLS)
     assert PROTOCOLS["fashioniq"].sentence(9) == "original split as gallery, by category, reference kept, both captions joined"
 
 

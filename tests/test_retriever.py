@@ -1,4 +1,5 @@
 "The retriever and the page's session: files of every kind, a gate that is the formula, an index that is the pictures, and a way back."
+import hashlib
 import os
 import shutil
 
@@ -8,13 +9,17 @@ from PIL import Image
 from torch.testing import assert_close
 
 from dqe_cir.core import DataError
+from dqe_cir.data import Triplet
+from dqe_cir.encoder import cache_tokens, load_encoder
+from dqe_cir.evaluator.scoring import encode_gallery, encode_queries
 from dqe_cir.methods.info_nce import InfoNCE
-from dqe_cir.encoder import load_encoder
 from dqe_cir.retriever import Retriever
 from dqe_cir.retriever.drawn import garments_at_once
 from dqe_cir.retriever.index import compared, picture_files
 from dqe_cir.retriever.search import gate_shares, gated
-from dqe_cir.retriever import SearchPage, Session
+from dqe_cir.retriever import SHIPPED, SearchPage, Session
+from dqe_cir.trainer import smoke_run
+from dqe_cir.trainer.runs import trained_state
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +134,69 @@ def test_listings_are_compared_by_content():
 
 def test_a_missing_folder_is_named():
     with pytest.raises(DataError, match="nowhere is not a folder"): picture_files("nowhere")
+
+
+# ---- the encoder's own transform
+
+@pytest.fixture(scope="module", params=["cosmo", "mgur", "clip4cir"])
+def native(request, gallery):
+    "A system on a small random version of its own backbone, trained for an epoch; its retriever; the cached tokens of the gallery."
+    run = smoke_run(method=request.param, form="native", epochs=1)
+    retriever = Retriever.load(run, device="cpu")
+    shutil.rmtree(run)
+    return retriever, cache_tokens(retriever.method.encoder, gallery, progress=False)
+
+
+def test_native_pictures_are_embedded_as_at_evaluation(native, gallery):
+    "A gallery through the encoder's own transform; the index is that up to half precision."
+    retriever, tokens = native
+    names = gallery.gallery
+    with torch.no_grad():
+        pictures = [Image.open(gallery.files[name]) for name in names]
+        own = retriever.method.encode_target(retriever.image_tokens(pictures))
+    evaluated = encode_gallery(retriever.method, tokens, names)
+    assert_close(own, evaluated, rtol=1e-5, atol=1e-6)
+    retriever.index(gallery)
+    assert_close(retriever.embeddings, evaluated, rtol=1e-3, atol=1e-5)
+    assert torch.nn.functional.cosine_similarity(retriever.embeddings, evaluated, dim=-1).min() > 0.99999
+
+
+def test_native_references_are_read_as_at_evaluation(native, gallery, tmp_path):
+    "An id, a file and a picture have the tokens of the cache, and ask the query of the evaluation."
+    retriever, tokens = native
+    retriever.index(gallery)
+    name = gallery.gallery[11]
+    shutil.copy(gallery.files[name], tmp_path / "own.png")
+    expected = encode_queries(retriever.method, tokens, [Triplet(name, None, ("is red",))])
+    for reference in (name, tmp_path / "own.png", str(tmp_path / "own.png"), Image.open(gallery.files[name])):
+        assert_close(retriever.tokens_of(reference)[1], tokens[[name]], rtol=1e-5, atol=1e-6)
+        assert_close(retriever.ask(reference, "is red").query, expected, rtol=1e-5, atol=1e-6)
+        assert len(retriever.search(reference, "is red", k=3)) == 3
+
+
+def test_a_wide_picture_goes_through_the_encoders_transform(native, tmp_path):
+    "Where padding and squeezing differ most."
+    retriever, _ = native
+    picture = Image.radial_gradient("L").resize((160, 60)).convert("RGB")
+    picture.save(tmp_path / "wide.png")
+    tokens = cache_tokens(retriever.method.encoder, {"wide": tmp_path / "wide.png"}, progress=False)
+    assert_close(retriever.tokens_of(picture)[1], tokens[["wide"]], rtol=1e-5, atol=1e-6)
+
+
+def test_indexes_that_padded_a_squeezed_picture_no_longer_fit(native):
+    "Version 0.1 wrote indexes of CoSMo and MGUR under a key that did not know of its mistake; every other key stays."
+    retriever, _ = native
+    digest = hashlib.blake2b(retriever.method.encoder.tower_fingerprint().encode(), digest_size=8)
+    for name, value in sorted(trained_state(retriever.method).items()):
+        digest.update(name.encode() + (value.view(torch.uint8).numpy().tobytes() if value.dim() else b""))
+    padded = retriever.method.encoder.transform_name.startswith("target_pad")
+    assert (retriever.model_key() == digest.hexdigest()) == padded
+
+
+def test_the_shipped_index_fits_and_is_what_would_be_made():
+    "Of the model that ships nothing has moved: its key, and embeddings made anew."
+    shipped = Retriever.load("garments", device="cpu")
+    assert len(shipped) == 2100 and shipped.read_index(SHIPPED)
+    names = shipped.ids[::150]
+    kept = torch.stack([shipped.embeddings[shipped.ids.index(name)] for name in names])
+    assert_close(shipped.encode_pictures([Image.open(shipped.files[name]) for name in names]), kept, rtol=0, atol=2e-3)

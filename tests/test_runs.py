@@ -52,7 +52,7 @@ def test_an_absent_data_set_is_replaced_by_a_sample_that_says_so(home, tmp_path,
 
 
 @pytest.mark.parametrize("parameters, message", [
-    ([("dataset", "cifar")], "unknown dataset 'cifar'; choose one of garments, fashioniq, cirr"),
+    ([("dataset", "cifar")], "unknown dataset 'cifar'; choose one of fashioniq, cirr, garments"),
     ([("dataset", "cirr"), ("data_root", "no/such/folder")], "no/such/folder"),
 ])
 def test_a_wrong_value_stops_the_run_with_one_clear_line(home, tmp_path, parameters, message):

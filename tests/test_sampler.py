@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dqe_cir.core import generator
@@ -90,6 +90,7 @@ def exact_zone(scores, target, valid, low, high, guard, smallest):
     return set(below[first:last])
 
 
+@settings(max_examples=150)
 @given(case=scored(columns=60), bounds=st.lists(st.sampled_from(SHARES), min_size=2, max_size=2, unique=True), guard=st.sampled_from(["0", "0.25", "0.5", "1.5"]),
        smallest=st.integers(1, 9))
 def test_the_quantile_zone_is_its_definition_in_fractions(case, bounds, guard, smallest):

@@ -7,34 +7,56 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from dqe_cir.core import generator
 from dqe_cir.evaluator import circo_submission, cirr_submission, write_submission
 from dqe_cir.retrieval import similarity, top_k
 
 
-@pytest.fixture(scope="module")
-def cirr(golden):
-    "CIRR's test1 split: names, pair ids, references, groups, and rankings made by our own retrieval."
-    arrays = np.load(golden("cirr_metrics.npz"))
-    names = [name.decode() for name in arrays["test1_names"]]
-    query, gallery = (normalize(torch.from_numpy(arrays[f"test1_{side}"]).float(), dim=1) for side in ("query", "gallery"))
-    reference, group = (torch.from_numpy(arrays[f"test1_{what}"]).long() for what in ("reference", "group"))
+def ranked(names, pair_ids, query, gallery, reference, group):
+    "What a submission takes, with rankings made by our own retrieval. Vectors (Q,D), (N,D); positions (Q,), (Q,6)."
     best = top_k(query, gallery, 50, exclude=reference)[1]
     within = similarity(query, gallery).scatter(1, reference[:, None], -torch.inf).gather(1, group).topk(3).indices
     named = lambda table: [[names[i] for i in row] for row in table.tolist()]
-    return {"pair_ids": arrays["test1_pairid"].tolist(), "references": [names[i] for i in reference.tolist()], "groups": named(group),
+    return {"pair_ids": pair_ids, "references": [names[i] for i in reference.tolist()], "groups": named(group),
             "recall": named(best), "recall_subset": named(group.gather(1, within)), "gallery": set(names)}
+
+
+@pytest.fixture(scope="module")
+def published(golden):
+    "CIRR's test1 split with the stored features."
+    arrays = np.load(golden("cirr_metrics.npz"))
+    query, gallery = (normalize(torch.from_numpy(arrays[f"test1_{side}"]).float(), dim=1) for side in ("query", "gallery"))
+    reference, group = (torch.from_numpy(arrays[f"test1_{what}"]).long() for what in ("reference", "group"))
+    names = [name.decode() for name in arrays["test1_names"]]
+    return ranked(names, arrays["test1_pairid"].tolist(), query, gallery, reference, group)
+
+
+@pytest.fixture(scope="module")
+def cirr():
+    "A made-up split of the same size: 300 images, and 4,148 queries whose set of six begins with the reference."
+    g = generator(0, "test1")
+    query, gallery = (normalize(torch.randn(count, 8, generator=g), dim=1) for count in (4148, 300))
+    group = torch.rand(4148, 300, generator=g).topk(6).indices
+    return ranked([f"test1-{i}-0-img0" for i in range(300)], list(range(12063, 12063 + 4148)), query, gallery, group[:, 0], group)
 
 
 def allowed(cirr, metric): return cirr["groups"] if metric == "recall_subset" else [cirr["gallery"]] * len(cirr["pair_ids"])
 
 
 @pytest.mark.parametrize("metric", ["recall", "recall_subset"])
-def test_cirr_files_are_the_reference_files(golden, cirr, metric, tmp_path):
+def test_cirr_files_are_the_reference_files(golden, published, metric, tmp_path):
     expected = json.loads(golden("cirr_metrics.json").read_text())["test1"][metric]
-    submission = cirr_submission(cirr["pair_ids"], cirr[metric], metric, cirr["references"], allowed(cirr, metric))
+    submission = cirr_submission(published["pair_ids"], published[metric], metric, published["references"], allowed(published, metric))
     written = write_submission(tmp_path / f"{metric}.json", submission).read_bytes()
     assert len(submission) == expected["n_keys"] and len(written) == expected["bytes"]
     assert hashlib.sha256(written).hexdigest() == expected["sha256"]
+
+
+@pytest.mark.parametrize("metric", ["recall", "recall_subset"])
+def test_cirr_files_are_plain_json_with_two_keys_more(cirr, metric, tmp_path):
+    submission = cirr_submission(cirr["pair_ids"], cirr[metric], metric, cirr["references"], allowed(cirr, metric))
+    written = write_submission(tmp_path / f"{metric}.json", submission).read_bytes()
+    assert written == json.dumps(submission, sort_keys=True).encode() and len(submission) == 4148 + 2
     assert cirr_submission(cirr["pair_ids"], cirr[metric], metric) == submission  # what is not known is not checked
     assert cirr_submission(np.array(cirr["pair_ids"]), np.array(cirr[metric]), metric) == submission  # numpy in, plain JSON out
     assert [path.name for path in tmp_path.iterdir()] == [f"{metric}.json"]

@@ -12,17 +12,16 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..data.base import Triplet
-from ..data.captions import caption_text, clean_caption
 from ..encoder.blip2 import Blip2Encoder
+from ..encoder.native.resnet import load_resnet
 from ..losses import batch_classification
 from .base import Batch, Method
-from ..encoder.native.resnet import load_resnet
-from .parts import ContentStyle, MapEmbedding, read_text
+from .parts import ContentStyle, MapEmbedding, either_order, read_text
 
 # %% ../../nbs/methods/20_cosmo.ipynb #db848c9b
 class CoSMo(Method):
     "The reference's map, content and style changed by the text, embedded like an image."
-    published = {  # the authors' configuration: 50 epochs, 2e-4 for all, here for what is not the pretrained encoder's
+    published = {  # the authors' configuration: 50 epochs, 2e-4 for all, here for what is not pretrained
         "fashioniq": dict(epochs=50, head_rate=40.0),  # 40 x 5e-6
         "cirr": dict(head_rate=20.0),  # 20 x 1e-5; they did not train on CIRR
     }
@@ -34,28 +33,31 @@ class CoSMo(Method):
         self.text = nn.Sequential(nn.Dropout(0.1), nn.Linear(hidden, hidden))
         self.change = ContentStyle(encoder.ln_vision.weight.shape[0], hidden)
 
-    def encode_target(self, tokens: Tensor) -> Tensor:
-        "(N,P,W) to unit vectors (N,1,D)."
-        return F.normalize(self.encoder.encode_target(tokens).mean(1, keepdim=True), dim=-1)
+# %% ../../nbs/methods/20_cosmo.ipynb #38958145
+@patch
+def encode_target(self: CoSMo, tokens: Tensor) -> Tensor:
+    "(N,P,W) to unit vectors (N,1,D)."
+    return F.normalize(self.encoder.encode_target(tokens).mean(1, keepdim=True), dim=-1)
 
-    def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
-        "(B,P,W) and B texts to unit queries (B,D)."
-        text = self.text(read_text(self.encoder, *self.encoder.tokenize(texts))[:, 0])
-        return self.encode_target(self.change(reference, text)).squeeze(1)
+@patch
+def encode_query(self: CoSMo, reference: Tensor, texts: list[str]) -> Tensor:
+    "(B,P,W) and B texts to unit queries (B,D)."
+    text = self.text(read_text(self.encoder, *self.encoder.tokenize(texts))[:, 0])
+    return self.encode_target(self.change(reference, text)).squeeze(1)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        "One term, `batch_classification` (B,)."
-        query, target = self.encode_query(batch.reference, batch.texts), self.encode_target(
-            batch.target
-        ).squeeze(1)
-        return {"batch_classification": batch_classification(4 * query, 4 * target, batch.group)}
+# %% ../../nbs/methods/20_cosmo.ipynb #c3ed2ae0
+@patch
+def losses(self: CoSMo, batch: Batch) -> dict[str, Tensor]:
+    "One term, `batch_classification` (B,)."
+    query = self.encode_query(batch.reference, batch.texts)
+    target = self.encode_target(batch.target).squeeze(1)
+    return {"batch_classification": batch_classification(4 * query, 4 * target, batch.group)}
 
 # %% ../../nbs/methods/20_cosmo.ipynb #92e155fe
 @patch
 def training_text(self: CoSMo, triplet: Triplet, generator: torch.Generator) -> str:
     "Both captions in random order."
-    swap = torch.rand(1, generator=generator).item() < 0.5
-    return clean_caption(caption_text(triplet.captions[::-1] if swap else triplet.captions))
+    return either_order(triplet, generator)
 
 # %% ../../nbs/methods/20_cosmo.ipynb #27cff45d
 class NativeCoSMo(Method):
@@ -68,15 +70,12 @@ class NativeCoSMo(Method):
         self.text = nn.Sequential(nn.Dropout(0.1), nn.Linear(encoder.reader.size, size))
         self.embed = MapEmbedding(encoder.width, size, size)
 
-# %% ../../nbs/methods/20_cosmo.ipynb #c080436e
-@patch
-def encode_target(self: NativeCoSMo, pixels: Tensor) -> Tensor:
-    return self.embed(self.encoder.image_map(pixels)).unsqueeze(1)  # (N,1,D)
+    def encode_target(self, pixels: Tensor) -> Tensor:
+        "Pixels (N,3,S,S) to unit vectors (N,1,D)."
+        return self.embed(self.encoder.image_map(pixels)).unsqueeze(1)
 
-
-@patch
-def encode_query(self: NativeCoSMo, pixels: Tensor, texts: list[str]) -> Tensor:
-    "Pixels (B,3,S,S) and B texts to unit queries (B,D)."
-    return self.embed(self.encoder.image_map(pixels), self.text(self.encoder.reader(texts)))
+    def encode_query(self, pixels: Tensor, texts: list[str]) -> Tensor:
+        "Pixels (B,3,S,S) and B texts to unit queries (B,D)."
+        return self.embed(self.encoder.image_map(pixels), self.text(self.encoder.reader(texts)))
 
 CoSMo.native = NativeCoSMo

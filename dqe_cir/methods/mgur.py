@@ -14,12 +14,11 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..data.base import Triplet
-from ..data.captions import caption_text, clean_caption
 from ..encoder.blip2 import Blip2Encoder
+from ..encoder.native.resnet import load_resnet
 from ..losses import batch_aleatoric
 from .base import Batch, Method
-from ..encoder.native.resnet import load_resnet
-from .parts import ContentStyle, MapEmbedding, read_text
+from .parts import ContentStyle, MapEmbedding, either_order, read_text
 
 # %% ../../nbs/methods/30_mgur.ipynb #81d3b393
 def blurred(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ def blur_noise(features: Tensor) -> tuple[Tensor, Tensor]:
 # %% ../../nbs/methods/30_mgur.ipynb #ae5abebd
 class MGUR(Method):
     "CoSMo's composition, trained from blurred targets towards sharp ones."
-    published = {  # the authors' 60 epochs; their rate, 0.02, is for plain gradient descent: CoSMo's stands in
+    published = {  # the authors' 60 epochs; their rate, 0.02, is for plain gradient descent: CoSMo's instead
         "fashioniq": dict(epochs=60, head_rate=40.0),
         "cirr": dict(head_rate=20.0),  # they did not train on CIRR
     }
@@ -44,36 +43,33 @@ class MGUR(Method):
         super().__init__(encoder)
         hidden = encoder.text_projection.in_features
         encoder.text_projection.requires_grad_(False)  # texts are never compared with images here
-        self.text, self.change = nn.Linear(hidden, hidden), ContentStyle(
-            encoder.ln_vision.weight.shape[0], hidden
-        )
-
-    def encode_target(self, tokens: Tensor) -> Tensor:
-        "(N,P,W) to unit vectors (N,1,D)."
-        return F.normalize(self.encoder.encode_target(tokens).mean(1, keepdim=True), dim=-1)
-
-    def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
-        "(B,P,W) and B texts to unit queries (B,D)."
-        text = self.text(read_text(self.encoder, *self.encoder.tokenize(texts))[:, 0])
-        return self.encode_target(self.change(reference, text)).squeeze(1)
+        self.text = nn.Linear(hidden, hidden)
+        self.change = ContentStyle(encoder.ln_vision.weight.shape[0], hidden)
 
     def training_text(self, triplet: Triplet, generator: torch.Generator) -> str:
         "Both captions in random order."
-        swap = torch.rand(1, generator=generator).item() < 0.5
-        return clean_caption(caption_text(triplet.captions[::-1] if swap else triplet.captions))
+        return either_order(triplet, generator)
+
+# %% ../../nbs/methods/30_mgur.ipynb #03bbec1c
+@patch
+def encode_target(self: MGUR, tokens: Tensor) -> Tensor:
+    "(N,P,W) to unit vectors (N,1,D)."
+    return F.normalize(self.encoder.encode_target(tokens).mean(1, keepdim=True), dim=-1)
+
+@patch
+def encode_query(self: MGUR, reference: Tensor, texts: list[str]) -> Tensor:
+    "(B,P,W) and B texts to unit queries (B,D)."
+    text = self.text(read_text(self.encoder, *self.encoder.tokenize(texts))[:, 0])
+    return self.encode_target(self.change(reference, text)).squeeze(1)
 
 # %% ../../nbs/methods/30_mgur.ipynb #85b20392
 @patch
 def losses(self: MGUR, batch: Batch) -> dict[str, Tensor]:
-    "One term, `aleatoric` (B,), which turns from blurred to sharp targets with the progress of the training."
-    query, target = 4 * self.encode_query(batch.reference, batch.texts), 4 * self.encode_target(
-        batch.target
-    ).squeeze(1)
-    return {
-        "aleatoric": batch_aleatoric(
-            query, target, blurred(target, *blur_noise(target)), batch.progress, batch.group
-        )
-    }
+    "One term, `aleatoric` (B,), which turns from blurred to sharp targets as the training goes on."
+    query = 4 * self.encode_query(batch.reference, batch.texts)
+    target = 4 * self.encode_target(batch.target).squeeze(1)
+    blur = blurred(target, *blur_noise(target))
+    return {"aleatoric": batch_aleatoric(query, target, blur, batch.progress, batch.group)}
 
 # %% ../../nbs/methods/30_mgur.ipynb #2c8f9820
 class NativeMGUR(Method):
@@ -87,11 +83,13 @@ class NativeMGUR(Method):
         self.embed = MapEmbedding(encoder.width, size, size)
 
     def encode_target(self, pixels: Tensor) -> Tensor:
-        return self.embed(self.encoder.image_map(pixels)).unsqueeze(1)  # (N,1,D)
+        "Pixels (N,3,S,S) to unit vectors (N,1,D)."
+        return self.embed(self.encoder.image_map(pixels)).unsqueeze(1)
 
     def encode_query(self, pixels: Tensor, texts: list[str]) -> Tensor:
         "Pixels (B,3,S,S) and B texts to unit queries (B,D)."
         self.norm.train(self.training and len(texts) > 1)
-        return self.embed(self.encoder.image_map(pixels), self.text(self.norm(self.encoder.reader(texts))))
+        places = self.encoder.image_map(pixels)
+        return self.embed(places, self.text(self.norm(self.encoder.reader(texts))))
 
 MGUR.native = NativeMGUR

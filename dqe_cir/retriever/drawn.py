@@ -57,10 +57,10 @@ class DrawnOnDemand(Mapping):
 @patch
 def draw(self: DrawnOnDemand, name: str, path: Path) -> None:
     "Draw one garment into a file."
-    with replacing(path) as part:
-        picture = part.with_suffix(".png")  # Pillow goes by the ending
+    with replacing(path) as fresh:
+        picture = fresh.with_suffix(".png")  # Pillow goes by the ending
         render((str(picture), tuple(asdict(self.garments[name]).values()), name, 0))
-        picture.replace(part)
+        picture.replace(fresh)
 
 # %% ../../nbs/retriever/03_drawn.ipynb #6f46036b
 def write_texts(folder: Path, size: str) -> None:
@@ -69,6 +69,7 @@ def write_texts(folder: Path, size: str) -> None:
     relevant = write_fashioniq(world, folder / "fashioniq", 0)
     write_json(folder / "garments.json", the_truth(world, relevant))
 
+# %% ../../nbs/retriever/03_drawn.ipynb #6fbe5cb2
 def garments_at_once(split: str = "val", size: str = "full") -> CIRDataset:
     "A split of the garments with its texts and its truth, and pictures that are drawn when asked for."
     root = data_folder() / garments_root(size)

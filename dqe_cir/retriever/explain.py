@@ -72,6 +72,7 @@ def lessons(self: Retriever) -> Lessons | None:
         self.lessons_read = True
     return self.kept_lessons
 
+# %% ../../nbs/retriever/06_explain.ipynb #bde46183
 @patch
 def nearest_lessons(self: Retriever, reference, text: str, gate="learned", count: int = 1) -> list[Lesson]:
     "The training queries nearest to a question, nearest first; none where nothing was kept."

@@ -21,17 +21,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core import DataError, checkout, replacing, write_json
+from ..core import DataError, replacing, write_json
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS
 from ..data.pictures import PICTURE_SUFFIXES, open_image
 from ..encoder.blip2 import MINI
 from .drawn import DrawnOnDemand
-from ..trainer.runs import load_run, trained_state
+from ..trainer.runs import finished_runs, load_run, runs_folder, trained_state
 
 # %% ../../nbs/retriever/04_index.ipynb #a39aa864
 CALLED_PICTURES = {*PICTURE_SUFFIXES, ".jpe", ".jfif", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
 
+# %% ../../nbs/retriever/04_index.ipynb #c22f97fc
 def recognised(path: Path) -> bool:
     "Is a file called a picture, or does Pillow know its first bytes?"
     if path.suffix.lower() in CALLED_PICTURES: return True
@@ -88,10 +89,11 @@ def readable(path: Path, shown: str = "") -> Image.Image:
 # %% ../../nbs/retriever/04_index.ipynb #137d3332
 SHIPPED = MINI.parent / "garments"
 
+# %% ../../nbs/retriever/04_index.ipynb #66b3b5b0
 def newest_run() -> Path | None:
     "The folder of the run under `runs/` that finished last."
-    finished = list(((checkout() or Path.cwd()) / "runs").glob("*/model.safetensors"))
-    return max(finished, key=lambda path: path.stat().st_mtime).parent if finished else None
+    finished = finished_runs(runs_folder())
+    return finished[-1] if finished else None
 
 # %% ../../nbs/retriever/04_index.ipynb #6e870dd4
 def model_folder(source: str | Path = "") -> Path:
@@ -115,20 +117,21 @@ class Retriever:
         self.seen, self.asked = {}, {}  # image tokens of the last references; the last composed queries
         self.kept_lessons, self.lessons_read = None, False  # what it was taught, once somebody has asked
 
-    @classmethod
-    def load(cls, source: str | Path = "", device: str = "auto") -> "Retriever":
-        """The retriever of a run folder, an exported folder, `garments` (the shipped model), or (empty) the
-        newest run, else the shipped model; with its index if it has one. Another folder raises `DataError`."""
-        folder = model_folder(source)
-        method, config = load_run(folder, device)
-        record = folder / "results.json"
-        retriever = cls(method, config, "the shipped model" if folder == SHIPPED else folder.name)
-        if record.exists(): retriever.record = json.loads(record.read_text())
-        retriever.folder = folder
-        if (folder / "index.json").exists(): retriever.read_index(folder)
-        return retriever
-
     def __len__(self) -> int: return len(self.keys)
+
+# %% ../../nbs/retriever/04_index.ipynb #55127fb9
+@patch(cls_method=True)
+def load(cls: Retriever, source: str | Path = "", device: str = "auto") -> Retriever:
+    """The retriever of a run folder, an exported folder, `garments` (the shipped model), or (empty) the
+    newest run, else the shipped model; with its index if it has one. Other folders raise `DataError`."""
+    folder = model_folder(source)
+    method, config = load_run(folder, device)
+    record = folder / "results.json"
+    retriever = cls(method, config, "the shipped model" if folder == SHIPPED else folder.name)
+    if record.exists(): retriever.record = json.loads(record.read_text())
+    retriever.folder = folder
+    if (folder / "index.json").exists(): retriever.read_index(folder)
+    return retriever
 
 # %% ../../nbs/retriever/04_index.ipynb #13262db6
 @patch(as_prop=True)
@@ -185,6 +188,7 @@ def image_tokens(self: Retriever, pictures: list[Image.Image]) -> Tensor:
     pixels = torch.stack([encoder.transform(picture) for picture in pictures])
     return encoder.image_tokens(pixels).float().to(self.device)
 
+# %% ../../nbs/retriever/04_index.ipynb #c1015a71
 @patch
 @torch.no_grad()
 def encode_pictures(self: Retriever, pictures: list[Image.Image]) -> Tensor:
@@ -197,6 +201,7 @@ def read_or_reason(files: Mapping[str, Path], name: str) -> Image.Image | str:
     try: return readable(files[name], "the file")
     except (DataError, OSError) as problem: return str(problem)
 
+# %% ../../nbs/retriever/04_index.ipynb #05ee9a0d
 @patch
 def encode_files(self: Retriever, files: Mapping[str, Path], wanted: dict[str, str], known: dict[str, Tensor],
                  progress: Callable | None = None, size: int = 16) -> dict[str, str]:
@@ -242,6 +247,7 @@ def source_name(source: Path | str | CIRDataset) -> str:
     if isinstance(source, CIRDataset): return f"{source.root.name} {source.split}"
     return str(Path(source).expanduser().resolve())
 
+# %% ../../nbs/retriever/04_index.ipynb #639c210b
 def pictures_of(source: Path | str | CIRDataset) -> Pictures:
     "The pictures of a folder or of a data set's gallery."
     name = source_name(source)
@@ -313,8 +319,8 @@ def write_index(self: Retriever, folder: Path | str) -> None:
     if not isinstance(self.files, DrawnOnDemand):
         about["root"] = str(self.root)
         about["files"] = [os.path.relpath(self.files[name], self.root) for name in self.ids]
-    with replacing(folder / "index.safetensors") as part:
-        save_file({"embeddings": self.embeddings.half().contiguous()}, part, {"keys": digest_of(self.keys)})
+    with replacing(folder / "index.safetensors") as fresh:
+        save_file({"embeddings": self.embeddings.half().contiguous()}, fresh, {"keys": digest_of(self.keys)})
     write_json(folder / "index.json", about)
 
 # %% ../../nbs/retriever/04_index.ipynb #041caea3
@@ -328,6 +334,7 @@ def stored_index(folder: Path | str) -> tuple[dict, Tensor] | None:
         return (about, embeddings) if keys == digest_of(about["keys"]) and len(counts) == 1 else None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError): return None
 
+# %% ../../nbs/retriever/04_index.ipynb #4b6c2677
 @patch
 def read_index(self: Retriever, folder: Path | str) -> bool:
     "Read an index of this very model; False where there is none, or none that fits."

@@ -47,6 +47,7 @@ def png(picture: Image.Image) -> bytes:
     picture.save(packed := io.BytesIO(), "PNG")
     return packed.getvalue()
 
+# %% ../../nbs/retriever/09_page.ipynb #65e5eae2
 def readable_name(name: str) -> str:
     "A file name that can be sent to a browser, whatever bytes it was made of."
     return escape(name.encode("utf-8", "replace").decode())
@@ -57,10 +58,12 @@ def px(width: int | None = None, height: int | None = None, **more) -> w.Layout:
     size = {name: f"{value}px" for name, value in (("width", width), ("height", height)) if value}
     return w.Layout(**size, **more)
 
+# %% ../../nbs/retriever/09_page.ipynb #b5ce8ad8
 def picture_box(layout: w.Layout) -> w.Image:
     "A place for a picture, blank at first."
     return w.Image(value=png(BLANK), format="png", layout=layout)
 
+# %% ../../nbs/retriever/09_page.ipynb #96cf2400
 def small_button(text: str, tip: str, width: int) -> w.Button:
     "A button below a result; it cannot be pressed while there is none."
     layout = px(width, 26, margin="0 2px 0 0", padding="0")
@@ -146,6 +149,7 @@ def make_gate(self: SearchPage) -> None:
                       style=dict(description_width="76px"), layout=px(214))
         for part in self.retriever.parts]
 
+# %% ../../nbs/retriever/09_page.ipynb #3507f037
 @patch
 def make_reasons(self: SearchPage) -> None:
     "What stands below the grid: undo, the history, and the panel of reasons."
@@ -241,6 +245,7 @@ def told(self: SearchPage, found: str) -> str:
         bad = f"; {len(unreadable)} unreadable, such as {first}: {reason}"
     return f"Model: {retriever.name} ({known}). {found}{bad}"
 
+# %% ../../nbs/retriever/09_page.ipynb #1cf8425b
 @patch
 def open(self: SearchPage, name: str) -> None:
     "Open a gallery: index it if need be, and start a new session on it."
@@ -265,6 +270,7 @@ def pick_gallery(self: SearchPage, name: str) -> None:
     if name == OWN: self.say("write the path of a folder of pictures, then Enter")
     else: self.open(name)
 
+# %% ../../nbs/retriever/09_page.ipynb #a049ee90
 @patch
 def pick_folder(self: SearchPage, path: str) -> None:
     "Open a folder of one's own."
@@ -277,6 +283,7 @@ def asked_again(self: SearchPage) -> None:
     if self.text.value.strip(): self.ask()
     else: self.show()
 
+# %% ../../nbs/retriever/09_page.ipynb #8d22b12f
 @patch
 def pick_name(self: SearchPage, name: str) -> None:
     "Another reference by its id."
@@ -284,6 +291,7 @@ def pick_name(self: SearchPage, name: str) -> None:
     self.session.choose(name)
     self.asked_again()
 
+# %% ../../nbs/retriever/09_page.ipynb #d2d810a1
 @patch
 def pick_files(self: SearchPage, files) -> None:
     "A picture from one's own disk, as the widget hands it over."
@@ -315,6 +323,7 @@ def ask(self: SearchPage) -> None:
     self.session.search(self.text.value)
     self.show()
 
+# %% ../../nbs/retriever/09_page.ipynb #8968822f
 @patch
 def submitted(self: SearchPage, _, message: dict, __) -> None:
     "Enter in the text field."
@@ -339,6 +348,7 @@ def go_back(self: SearchPage) -> None:
     self.text.value = undone.text
     self.show()
 
+# %% ../../nbs/retriever/09_page.ipynb #d1ebe053
 @patch
 def save_history(self: SearchPage) -> None:
     "Write the history, and say where."
@@ -353,12 +363,14 @@ def by_hand(self: SearchPage) -> tuple[float, ...]:
     "The weights on the sliders."
     return tuple(slider.value for slider in self.sliders)
 
+# %% ../../nbs/retriever/09_page.ipynb #004cc1e2
 @patch
 def regate(self: SearchPage, gate) -> None:
     "Rank again with another gate."
     self.session.set_gate(gate)
     self.show()
 
+# %% ../../nbs/retriever/09_page.ipynb #4318e499
 @patch
 def pick_mode(self: SearchPage, mode: str) -> None:
     "Learned, off, or by hand; by hand starts from the shares that were learned."
@@ -392,6 +404,7 @@ def marks_in_words(step: Step) -> str:
     if "target" not in step.marks: return f"green: a right answer, grey: a miss ({right} right)"
     return f"blue: the annotated target, green: another right answer, grey: a miss ({right} right)"
 
+# %% ../../nbs/retriever/09_page.ipynb #42301a09
 def step_in_words(step: Step) -> str:
     "The status line after a question."
     found = f"{len(step.results)} of {step.among:,} pictures in {step.milliseconds:.0f} ms"
@@ -413,6 +426,7 @@ def step_line(number: int, step: Step) -> str:
     asked = f"{readable_name(step.reference)} · “{escape(step.text)}” · gate {gate_words(step.gate)}"
     return f"<b>{number}.</b> {asked} → {found}"
 
+# %% ../../nbs/retriever/09_page.ipynb #a1cba978
 def history_table(session: Session) -> str:
     "The steps so far, as HTML."
     lines = [step_line(number, step) for number, step in enumerate(session.steps, 1)]
@@ -492,6 +506,7 @@ def clear_why(self: SearchPage) -> None:
     self.why_figure.outputs, self.lesson_text.value = [], ""
     self.show_reasons(False, self.why_image, self.why_figure, self.lesson_image)
 
+# %% ../../nbs/retriever/09_page.ipynb #ba275f47
 @patch
 def show_reasons(self: SearchPage, shown: bool, *widgets) -> None:
     "Pictures and figures of the panel take room only while they have something to show."

@@ -53,8 +53,8 @@ def opened(self: Retriever, reference) -> tuple[object, Image.Image]:
         return reference, readable(self.files[reference], reference)
     if not Path(reference).exists():
         example = f", such as {self.ids[0]!r}" if self.files else ""
-        raise ValueError(f"reference {str(reference)!r} is neither a file nor one of the {len(self):,} indexed "
-                         f"pictures{example}")
+        known = f"one of the {len(self):,} indexed pictures{example}"
+        raise ValueError(f"reference {str(reference)!r} is neither a file nor {known}")
     return content_key(Path(reference)), readable(Path(reference))
 
 # %% ../../nbs/retriever/05_search.ipynb #07026cbe
@@ -73,6 +73,7 @@ def plain(query: Tensor) -> ComposedQuery:
     none = query.new_zeros(1, 0, query.shape[-1])
     return ComposedQuery(query, query, none, query.new_ones(1, 1), query.new_zeros(1, 0, 0))
 
+# %% ../../nbs/retriever/05_search.ipynb #d7004730
 @patch
 @torch.no_grad()
 def ask(self: Retriever, reference, text: str) -> ComposedQuery:

@@ -30,7 +30,7 @@ from ..show.sheets import framed, verdict
 @dataclass(frozen=True)
 class SearchConfig:
     "Every parameter of the search notebook."
-    model: str = ""  # a run or an exported model; garments: the shipped one; empty: the newest run, else shipped
+    model: str = ""  # a run or an exported model; garments: the shipped one; empty: newest run, else shipped
     gallery: str = "garments"  # garments, fashioniq, cirr, circo, or a folder of pictures
     size: str = "full"  # garments: full or smoke
     interactive: str = "auto"  # yes, no, or auto: widgets where a person can click, else a static sheet

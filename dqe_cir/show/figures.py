@@ -17,9 +17,10 @@ from ..data.base import CIRDataset
 # %% ../../nbs/show/01_figures.ipynb #12157fc5
 COLOURS = ("#1f5fa8", "#d1495b", "#2e8b57", "#e0a100", "#7b4ea3", "#4f4f4f")
 
-def empty_figure(title: str, x: str, y: str | None = None, left: int = 60, **layout) -> go.Figure:
-    "A white figure with a title and axis titles; `left` pixels for the names on the y axis."
-    margin = dict(l=left, r=20, t=50, b=50)
+def empty_figure(title: str, x: str, y: str | None = None, left: int = 60, right: int = 20,
+                 **layout) -> go.Figure:
+    "A white figure with a title, axis titles, `left` and `right` pixels of margin, and more `layout`."
+    margin = dict(l=left, r=right, t=50, b=50)
     return go.Figure(layout=dict(title=title, xaxis_title=x, yaxis_title=y, template="plotly_white",
                                  margin=margin, **layout))
 
@@ -92,7 +93,7 @@ def label_places(points: dict[str, tuple[float, float, float]]) -> dict[str, str
 # %% ../../nbs/show/01_figures.ipynb #66a6fe68
 def point_figure(points: dict[str, tuple[float, float, float]], title: str, x: str, y: str) -> go.Figure:
     "Named points (x, y, spread of y)."
-    figure = empty_figure(title, x, y, width=620, height=360, showlegend=False)
+    figure = empty_figure(title, x, y, right=40, width=620, height=360, showlegend=False)
     low, high = min(p[0] for p in points.values()), max(p[0] for p in points.values())
     places, pad = label_places(points), 0.15 * (high - low or 1)
     for (name, (across, up, spread)), colour in zip(points.items(), COLOURS * len(points)):

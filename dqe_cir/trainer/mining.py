@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['POOL', 'BLOCK', 'SAMPLERS', 'DELTA_GRID', 'VALUES', 'MiningOptions', 'trns', 'check_mining', 'candidate_ids',
-           'same_pictures', 'valid_candidates', 'Laps', 'refresh', 'delta_counts', 'block_report', 'summed_up',
-           'pool_shares', 'method_report', 'NegativePool', 'overlap']
+           'rows_of', 'same_pictures', 'valid_candidates', 'Laps', 'refresh_gallery', 'refresh', 'delta_counts',
+           'right_answers', 'block_report', 'quantiles', 'summed_up', 'pool_shares', 'method_report', 'NegativePool',
+           'overlap']
 
 # %% ../../nbs/trainer/01_mining.ipynb #54b9bc1c
 import hashlib, math, time
@@ -21,7 +22,7 @@ from ..data.base import CIRDataset
 from ..data.datasets import SPECS
 from ..evaluator.scoring import encode_gallery, encode_queries
 from ..methods.base import Method
-from ..sampler import Hardest, MidZone, Random, Sampler, ScoreDropBand, ZONES, possible_negatives, relative_scores
+from ..sampler import Hardest, MidZone, Random, Sampler, ScoreDropBand, possible_negatives, relative_scores
 
 # %% ../../nbs/trainer/01_mining.ipynb #9677af83
 POOL = 128  # candidates that are kept of each query, to draw from until the next refresh
@@ -73,10 +74,13 @@ def check_mining(options, epochs: int) -> None:
 def candidate_ids(dataset: CIRDataset) -> dict[str, list[str]]:
     "Per gallery, the image ids that negatives are drawn from."
     if SPECS[dataset.name].candidates == "gallery": return dataset.galleries
-    return {
-        name: sorted({t.target for t in dataset.triplets if t.category == name})
-        for name in dataset.galleries
-    }
+    targets = lambda category: {t.target for t in dataset.triplets if t.category == category}
+    return {category: sorted(targets(category)) for category in dataset.galleries}
+
+def rows_of(dataset: CIRDataset, gallery: str) -> list[int]:
+    "The triplets that search a gallery, by position."
+    one = len(dataset.galleries) == 1
+    return [row for row, triplet in enumerate(dataset.triplets) if one or triplet.category == gallery]
 
 # %% ../../nbs/trainer/01_mining.ipynb #3ae4a3e5
 def same_pictures(dataset: CIRDataset, ids: list[str]) -> dict[str, set[str]]:
@@ -84,19 +88,23 @@ def same_pictures(dataset: CIRDataset, ids: list[str]) -> dict[str, set[str]]:
     by_size, by_content = {}, {}
     for name in ids:
         if name in dataset.files: by_size.setdefault(dataset.files[name].stat().st_size, []).append(name)
-    for name in (name for names in by_size.values() if len(names) > 1 for name in names):
-        by_content.setdefault(hashlib.blake2b(dataset.files[name].read_bytes()).digest(), set()).add(name)
+    alike = [name for names in by_size.values() if len(names) > 1 for name in names]  # only these are read
+    for name in alike:
+        content = hashlib.blake2b(dataset.files[name].read_bytes()).digest()
+        by_content.setdefault(content, set()).add(name)
     return {name: names for names in by_content.values() if len(names) > 1 for name in names}
 
 # %% ../../nbs/trainer/01_mining.ipynb #d5e803a3
-def valid_candidates(
-    dataset: CIRDataset, triplets, position: dict[str, int], same: dict[str, set[str]] | None = None
-) -> Tensor:
-    "(Q,N) bool: False for the known answers of each query and, on CIRR, for its reference, under every name in `same`."
-    valid = torch.ones(len(triplets), len(position), dtype=torch.bool)
+def valid_candidates(dataset: CIRDataset, triplets, position: dict[str, int],
+                     same: dict[str, set[str]] | None = None) -> Tensor:
+    """(Q,N) bool: False for the known answers of each query and, where the reference is not ranked, for its reference;
+    each under every name that it has in `same`."""
+    valid, same = torch.ones(len(triplets), len(position), dtype=torch.bool), same or {}
+    reference_ranked = SPECS[dataset.name].reference_ranked
     for row, triplet in enumerate(triplets):
-        known = set(triplet.positives) | (set() if SPECS[dataset.name].reference_ranked else {triplet.reference})
-        known = known.union(*((same or {}).get(name, ()) for name in known))
+        known = set(triplet.positives)
+        if not reference_ranked: known.add(triplet.reference)
+        known = known.union(*(same.get(name, ()) for name in known))
         valid[row, [position[name] for name in known if name in position]] = False
     return valid
 
@@ -104,50 +112,53 @@ def valid_candidates(
 class Laps:
     "Seconds per kind of work; a graphics card is waited for."
 
-    def __init__(self): self.seconds, self.last = {}, time.perf_counter()
+    def __init__(self):
+        self.seconds = {}
+        self.last = time.perf_counter()
 
     def lap(self, name: str, device: torch.device, result=None):
         "Book the time since the last lap under `name`; passes `result` through."
         if device.type == "cuda": torch.cuda.synchronize(device)
         now = time.perf_counter()
-        self.seconds[name], self.last = self.seconds.get(name, 0.0) + now - self.last, now
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
         return result
 
-    def rounded(self) -> dict[str, float]:
-        return {name: round(value, 3) for name, value in self.seconds.items()}
+    def rounded(self) -> dict[str, float]: return {name: round(value, 3) for name, value in self.seconds.items()}
 
 # %% ../../nbs/trainer/01_mining.ipynb #7ceca22b
 @torch.no_grad()
-def refresh(
-    method: Method, dataset: CIRDataset, tokens, sampler: Sampler, seed: int, epoch: int
-) -> tuple[Tensor, dict]:
+def refresh_gallery(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, name: str, ids: list[str], pools: Tensor,
+                    draw: Callable[[int], torch.Generator], clock: Laps) -> list[dict[str, Tensor]]:
+    "Fill the rows of `pools` (Q,POOL) whose queries search one gallery; returns what `block_report` says of each block."
+    reports, rows, device = [], rows_of(dataset, name), next(method.parameters()).device
+    gallery = clock.lap("encoding", device, encode_gallery(method, tokens, ids))
+    same, position = same_pictures(dataset, ids), {image: i for i, image in enumerate(ids)}
+    clock.lap("selecting", device)
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start:start + BLOCK]
+        triplets = [dataset.triplets[row] for row in block]
+        queries = clock.lap("encoding", device, encode_queries(method, tokens, triplets))
+        scores = clock.lap("scoring", device, method.score(queries, gallery).float().cpu())
+        target = torch.tensor([position[t.target] for t in triplets])
+        valid = valid_candidates(dataset, triplets, position, same)
+        pools[block] = sampler.pool(scores, target, valid, POOL, draw(start)).int()
+        clock.lap("selecting", device)
+        reports.append(block_report(sampler, scores, target, valid, triplets, ids, dataset))
+        clock.lap("reporting", device)
+    return reports
+
+# %% ../../nbs/trainer/01_mining.ipynb #4d19c569
+@torch.no_grad()
+def refresh(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, seed: int, epoch: int) -> tuple[Tensor, dict]:
     "Pools (Q,POOL) int32 of candidate positions within each query's gallery (-1: none), and a report."
     clock, training, device = Laps(), method.training, next(method.parameters()).device
-    pools, parts = torch.full((len(dataset.triplets), POOL), -1, dtype=torch.int32), []
+    pools, reports = torch.full((len(dataset.triplets), POOL), -1, dtype=torch.int32), []
+    method.eval()
     for name, ids in candidate_ids(dataset).items():
-        rows = [
-            i
-            for i, t in enumerate(dataset.triplets)
-            if len(dataset.galleries) == 1 or t.category == name
-        ]
-        gallery = clock.lap("encoding", device, encode_gallery(method.eval(), tokens, ids))
-        same, position = same_pictures(dataset, ids), {image: i for i, image in enumerate(ids)}
-        clock.lap("selecting", device)
-        for start in range(0, len(rows), BLOCK):
-            block = rows[start:start + BLOCK]
-            triplets = [dataset.triplets[row] for row in block]
-            queries = clock.lap("encoding", device, encode_queries(method, tokens, triplets))
-            scores = clock.lap("scoring", device, method.score(queries, gallery).float().cpu())
-            target, valid = torch.tensor([position[t.target] for t in triplets]), valid_candidates(
-                dataset, triplets, position, same
-            )
-            pools[block] = sampler.pool(
-                scores, target, valid, POOL, generator(seed, "pool", epoch, name, start)
-            ).int()
-            clock.lap("selecting", device)
-            parts.append(block_report(sampler, scores, target, valid, triplets, ids, dataset))
-            clock.lap("reporting", device)
-    report = {**summed_up(parts), **pool_shares(dataset, pools), **method_report(method, dataset, tokens)}
+        draw = lambda start, name=name: generator(seed, "pool", epoch, name, start)
+        reports += refresh_gallery(method, dataset, tokens, sampler, name, ids, pools, draw, clock)
+    report = summed_up(reports) | pool_shares(dataset, pools) | method_report(method, dataset, tokens)
     clock.lap("reporting", device)
     method.train(training)
     return pools, {**report, "seconds": clock.rounded()}
@@ -156,83 +167,54 @@ def refresh(
 DELTA_GRID = (-1.0, 2.0, 150)  # lowest, highest, steps between
 
 def delta_counts(delta: Tensor, mask: Tensor) -> Tensor:
-    "(steps,) int64: how many of the True entries of `mask` (Q,N) have their Delta (Q,N) in each step of `DELTA_GRID`."
+    "(steps,) int64: how many of the chosen entries of `mask` (Q,N) have their delta (Q,N) in each step of `DELTA_GRID`."
     low, high, steps = DELTA_GRID
     place = ((delta[mask] - low) * (steps / (high - low))).floor().clamp(0, steps - 1).long()
     return torch.bincount(place, minlength=steps)
 
 # %% ../../nbs/trainer/01_mining.ipynb #3964fad4
-def block_report(
-    sampler: Sampler,
-    scores: Tensor,
-    target: Tensor,
-    valid: Tensor,
-    triplets,
-    ids: list[str],
-    dataset: CIRDataset,
-) -> dict[str, Tensor]:
-    "Per-query values of a block."
+def right_answers(dataset: CIRDataset, triplets, ids: list[str]) -> Tensor:
+    "(Q,N) bool: which images answer which query, marked or not; for data that know."
+    return torch.tensor([[name in dataset.relevant[t.pair_id] for name in ids] for t in triplets])
+
+def block_report(sampler: Sampler, scores: Tensor, target: Tensor, valid: Tensor, triplets, ids: list[str],
+                 dataset: CIRDataset) -> dict[str, Tensor]:
+    "Values (Q,) of each query of a block, and counts over the block, from scores (Q,N)."
     eligible, rung = sampler.rungs(scores, target, valid)
-    delta, size, possible = (
-        relative_scores(scores, target),
-        eligible.sum(1),
-        possible_negatives(target, valid),
-    )
+    delta, size, possible = relative_scores(scores, target), eligible.sum(1), possible_negatives(target, valid)
     inside = delta.masked_fill(~eligible, torch.nan)
-    report = {
-        "zone": size,
-        "rung": rung,
-        "delta": inside.nanmedian(1).values,
-        "rank": 1 + (delta < 0).sum(1),
-        "nearest": inside.nan_to_num(torch.inf).amin(1),
-        "farthest": inside.nan_to_num(-torch.inf).amax(1),
-        "count possible": delta_counts(delta, possible),
-        "count zone": delta_counts(delta, eligible),
-    }
-    if dataset.relevant:
-        right = torch.zeros_like(valid)
-        for row, triplet in enumerate(triplets):
-            right[row] = torch.tensor([name in dataset.relevant[triplet.pair_id] for name in ids])
-        report |= {
-            "false": (right & eligible).sum(1) / size.clamp(min=1),
-            "count right": delta_counts(delta, right & possible),
-        }
-    return report
+    report = {"zone": size, "rung": rung, "delta": inside.nanmedian(1).values, "rank": 1 + (delta < 0).sum(1),
+              "nearest": inside.nan_to_num(torch.inf).amin(1), "farthest": inside.nan_to_num(-torch.inf).amax(1),
+              "count possible": delta_counts(delta, possible), "count zone": delta_counts(delta, eligible)}
+    if not dataset.relevant: return report
+    right = right_answers(dataset, triplets, ids)
+    false = (right & eligible).sum(1) / size.clamp(min=1)
+    return report | {"false": false, "count right": delta_counts(delta, right & possible)}
 
 # %% ../../nbs/trainer/01_mining.ipynb #ee018eea
-def summed_up(parts: list[dict[str, Tensor]]) -> dict:
-    "Quantiles, shares and counts over all queries."
-    values = {
-        name: torch.cat([part[name] for part in parts]).float()
-        for name in parts[0]
-        if not name.startswith("count ")
-    }
-    quantiles = lambda name: [
-        round(q, 4)
-        for q in values[name][values[name].isfinite()]
-        .quantile(torch.tensor([0.1, 0.5, 0.9]))
-        .tolist()
-    ]
+def quantiles(values: Tensor) -> list[float]:
+    "The tenth, the half and the nine tenths of what is finite among some values."
+    return [round(q, 4) for q in values[values.isfinite()].quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()]
+
+def summed_up(reports: list[dict[str, Tensor]]) -> dict:
+    "Quantiles, shares (percent) and counts over all queries."
+    named = [name for name in reports[0] if not name.startswith("count ")]
+    counted = [name for name in reports[0] if name.startswith("count ")]
+    values = {name: torch.cat([report[name] for report in reports]).float() for name in named}
     rungs = values["rung"].int()
-    report = {
-        "zone_size": quantiles("zone"),
-        "delta": quantiles("delta"),
-        "zone_bounds": [quantiles("nearest"), quantiles("farthest")],
-        "target_rank": quantiles("rank"),
-        "train_R@10": round(100 * (values["rank"] <= 10).float().mean().item(), 2),
-        "rungs": {str(rung): int((rungs == rung).sum()) for rung in rungs.unique().tolist()},
-        "counts": {
-            name[6:]: sum(part[name] for part in parts).tolist()
-            for name in parts[0]
-            if name.startswith("count ")
-        },
-    }
-    if "false" in values: report["false_negatives"] = round(100 * values["false"].mean().item(), 2)
-    return report
+    summary = {"zone_size": quantiles(values["zone"]), "delta": quantiles(values["delta"]),
+               "zone_bounds": [quantiles(values["nearest"]), quantiles(values["farthest"])],
+               "target_rank": quantiles(values["rank"]),
+               "train_R@10": round(100 * (values["rank"] <= 10).float().mean().item(), 2),
+               "rungs": {str(rung): int((rungs == rung).sum()) for rung in rungs.unique().tolist()},
+               "counts": {name.removeprefix("count "): sum(report[name] for report in reports).tolist() for name in counted}}
+    if "false" in values: summary["false_negatives"] = round(100 * values["false"].mean().item(), 2)
+    return summary
 
 # %% ../../nbs/trainer/01_mining.ipynb #807c726f
 def pool_shares(dataset: CIRDataset, pools: Tensor) -> dict[str, float]:
-    "Percent of all pool members (Q,S) in the query's CIRR group, `same_group`, or answering another request on its reference, `same_reference`."
+    """Percent of all pool members (Q,S) that are in the query's group (`same_group`) or answer another request on its
+    reference (`same_reference`)."""
     ids, asked, counts = candidate_ids(dataset), {}, {"same_group": 0, "same_reference": 0}
     for t in dataset.triplets: asked.setdefault(t.reference, set()).add(t.target)
     for t, pool in zip(dataset.triplets, pools.tolist()):
@@ -240,50 +222,37 @@ def pool_shares(dataset: CIRDataset, pools: Tensor) -> dict[str, float]:
         members = {names[i] for i in pool if i >= 0}
         counts["same_group"] += len(members & set(t.subset))
         counts["same_reference"] += len(members & asked[t.reference])
-    return {name: round(100 * count / max(1, int((pools >= 0).sum())), 2) for name, count in counts.items()}
+    members = max(1, int((pools >= 0).sum()))
+    return {name: round(100 * count / members, 2) for name, count in counts.items()}
 
 # %% ../../nbs/trainer/01_mining.ipynb #743c3143
 def method_report(method: Method, dataset: CIRDataset, tokens) -> dict:
-    "Mean gate shares, entropy of the attention and temperature, for methods that have them."
+    "Temperature, mean gate shares and entropy of the attention over the first queries, for methods that have them."
     report = {"temperature": round(float(method.temperature), 4)} if hasattr(method, "temperature") else {}
     if not hasattr(method, "composed"): return report
     few, device = dataset.triplets[:BLOCK], next(method.parameters()).device
-    made = method.composed(tokens[[t.reference for t in few]].to(device), [method.query_text(t) for t in few])
+    reference = tokens[[t.reference for t in few]].to(device)
+    made = method.composed(reference, [method.query_text(t) for t in few])
     entropy = -(made.attention * made.attention.clamp(min=1e-9).log()).sum(-1).mean(0)
-    return {
-        **report,
-        "gate": [round(share, 4) for share in made.gate.mean(0).tolist()],
-        "attention_entropy": [round(e, 4) for e in entropy.tolist()],
-    }
+    rounded = lambda values: [round(value, 4) for value in values.tolist()]
+    return {**report, "gate": rounded(made.gate.mean(0)), "attention_entropy": rounded(entropy)}
 
 # %% ../../nbs/trainer/01_mining.ipynb #a289c20d
-VALUES = {
-    "colour": ("colour",),
-    "shape": ("sleeve", "neckline", "length"),
-}  # labels that make up an attribute, where a data set has labels
-
 class NegativePool:
-    "The pools of the last refresh: one negative (or `count`) per query and epoch, without repetition until a pool is used up."
+    """The pools of the last refresh: one negative (or `count`) per query and epoch, without repetition until a pool is
+    used up."""
 
-    def __init__(
-        self,
-        dataset: CIRDataset,
-        tokens,
-        sampler: Sampler,
-        seed: int,
-        warmup: int,
-        every: int,
-        count: int = 1,
-    ):
+    def __init__(self, dataset: CIRDataset, tokens, sampler: Sampler, seed: int, warmup: int, every: int, count: int = 1):
         self.dataset, self.tokens, self.sampler, self.seed = dataset, tokens, sampler, seed
         self.warmup, self.every, self.count = warmup, every, count
-        self.ids, self.pools, self.since = candidate_ids(dataset), None, -1
+        self.ids = candidate_ids(dataset)
+        self.pools = None  # (Q,POOL) int32 after the first refresh
+        self.since = -1  # epoch of the last refresh
 
     def due(self, epoch: int) -> bool:
-        "Is a refresh due before this epoch (0-based)? At the end of the warm-up, then every `every` epochs; 0 means only once."
-        return epoch == self.warmup or (
-            epoch > self.warmup and self.every > 0 and (epoch - self.warmup) % self.every == 0
-        )
+        "Is a refresh due before this epoch (0-based)? At the end of the warm-up, then every `every` epochs; 0: only once."
+        if epoch == self.warmup: return True
+        return epoch > self.warmup and self.every > 0 and (epoch - self.warmup) % self.every == 0
 
     def renew(self, method: Method, epoch: int) -> dict:
         "Refresh, and report how much of the old pools is in the new ones."
@@ -291,50 +260,46 @@ class NegativePool:
         self.pools, report = refresh(method, self.dataset, self.tokens, self.sampler, self.seed, epoch)
         return {**report, "kept": None if old is None else overlap(old, self.pools)}
 
-    def draw(self, rows: list[int], epoch: int) -> list[list[str | None]]:
-        "Image ids of the negatives of some queries in an epoch, `count` each; None where a query has none."
-        return [
-            [self.one(row, (epoch - self.since) * self.count + k) for k in range(self.count)]
-            for row in rows
-        ]
+# %% ../../nbs/trainer/01_mining.ipynb #0a1e983b
+@patch
+def one(self: NegativePool, row: int, turn: int) -> str | None:
+    "The image whose turn it is: the pool in its own order, then round after round in a fresh one."
+    pool, triplet = self.pools[row], self.dataset.triplets[row]
+    size = int((pool >= 0).sum())
+    if not size: return None
+    ids = self.ids[triplet.category] if len(self.ids) > 1 else next(iter(self.ids.values()))
+    again, place = divmod(turn, size)
+    if again: place = torch.randperm(size, generator=generator(self.seed, "again", self.since, row, again))[place]
+    return ids[pool[place]]
 
-    def one(self, row: int, turn: int) -> str | None:
-        "The image whose turn it is: the pool in its own order, then round after round in a fresh one."
-        pool, triplet = self.pools[row], self.dataset.triplets[row]
-        size = int((pool >= 0).sum())
-        if not size: return None
-        ids = self.ids[triplet.category] if len(self.ids) > 1 else next(iter(self.ids.values()))
-        again, place = divmod(turn, size)
-        if again:
-            place = torch.randperm(
-                size, generator=generator(self.seed, "again", self.since, row, again)
-            )[place]
-        return ids[pool[place]]
+@patch
+def draw(self: NegativePool, rows: list[int], epoch: int) -> list[list[str | None]]:
+    "Image ids of the negatives of some queries in an epoch, `count` each; None where a query has none."
+    first = (epoch - self.since) * self.count
+    return [[self.one(row, first + k) for k in range(self.count)] for row in rows]
 
 # %% ../../nbs/trainer/01_mining.ipynb #164fe30a
+VALUES = {"colour": ("colour",), "shape": ("sleeve", "neckline", "length")}  # labels that make up an attribute
+
 @patch
 def differing(self: NegativePool, row: int, epoch: int, attribute: str) -> str | None:
-    "A member of a query's pool that differs from the target in an attribute, by the data set's own labels; None where there is none."
-    names, of = VALUES[attribute], self.dataset.attributes
+    "A member of a query's pool that differs from the target in an attribute, by the data's own labels; None: there is none."
+    labels, of = VALUES[attribute], self.dataset.attributes
     target = of[self.dataset.triplets[row].target]
-    size = int((self.pools[row] >= 0).sum())
-    members = (
-        self.one(row, (epoch - self.since) * self.count + turn) for turn in range(2 * size)
-    )  # holds one whole round
-    return next((name for name in members if any(of[name][value] != target[value] for value in names)), None)
+    first, size = (epoch - self.since) * self.count, int((self.pools[row] >= 0).sum())
+    for turn in range(2 * size):  # holds one whole round
+        name = self.one(row, first + turn)
+        if any(of[name][label] != target[label] for label in labels): return name
+    return None
 
 @patch
 def false_negatives(self: NegativePool, epoch: int) -> float | None:
-    "Percent of the negatives drawn in an epoch that answer their query after all; None before the first refresh or where the truth is unknown."
+    "Percent of an epoch's negatives that answer their query after all; None before the first refresh or where nobody knows."
     if self.pools is None or not self.dataset.relevant: return None
     drawn = self.draw(range(len(self.dataset.triplets)), epoch)
-    wrong = [
-        name in self.dataset.relevant[t.pair_id]
-        for t, names in zip(self.dataset.triplets, drawn)
-        for name in names
-        if name is not None
-    ]
-    return round(100 * sum(wrong) / max(1, len(wrong)), 2)
+    pairs = [(t, name) for t, names in zip(self.dataset.triplets, drawn) for name in names if name is not None]
+    right = sum(name in self.dataset.relevant[t.pair_id] for t, name in pairs)
+    return round(100 * right / max(1, len(pairs)), 2)
 
 # %% ../../nbs/trainer/01_mining.ipynb #99f53127
 def overlap(old: Tensor, new: Tensor) -> float:
@@ -345,18 +310,13 @@ def overlap(old: Tensor, new: Tensor) -> float:
 # %% ../../nbs/trainer/01_mining.ipynb #e430d78d
 @patch
 def lessons(self: NegativePool, until: int, most: int = 8) -> list[dict]:
-    "Per training query what it was taught last: reference, captions, target, and up to `most` negatives drawn since the last refresh and before epoch `until`."
-    taught = []
-    for row, triplet in enumerate(self.dataset.triplets if self.pools is not None else []):
-        turns = min(
-            most, int((self.pools[row] >= 0).sum()), (until - self.since) * self.count
-        )  # within one round: no repetition
-        taught.append(
-            dict(
-                reference=triplet.reference,
-                captions=list(triplet.captions),
-                target=triplet.target,
-                negatives=[self.one(row, turn) for turn in range(turns)],
-            )
-        )
+    """Per training query what it was taught last: reference, captions, target, and up to `most` negatives drawn since the
+    last refresh and before epoch `until`."""
+    if self.pools is None: return []
+    epochs, taught = until - self.since, []
+    for row, triplet in enumerate(self.dataset.triplets):
+        turns = min(most, int((self.pools[row] >= 0).sum()), epochs * self.count)  # within one round: no repetition
+        negatives = [self.one(row, turn) for turn in range(turns)]
+        taught.append(dict(reference=triplet.reference, captions=list(triplet.captions), target=triplet.target,
+                           negatives=negatives))
     return taught

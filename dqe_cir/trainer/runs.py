@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'Run', 'read_config', 'is_run', 'finished_runs', 'runs_folder', 'open_run', 'trained_state', 'load_state',
-           'save_weights', 'read_weights', 'optimizer_tensors', 'save_checkpoint', 'load_optimizer', 'load_checkpoint',
-           'build_method', 'selection', 'best_path', 'keep_checkpoint', 'load_best', 'load_run']
+           'word_lists', 'save_weights', 'read_weights', 'optimizer_tensors', 'save_checkpoint', 'load_optimizer',
+           'load_checkpoint', 'build_method', 'selection', 'best_path', 'keep_checkpoint', 'load_best', 'load_run']
 
 # %% ../../nbs/trainer/05_runs.ipynb #3954029a
 import dataclasses, json, tempfile
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..attributes import LEXICON_VERSION
+from ..attributes import lexicon_record
 from ..core import append_jsonl, checked, checkout, generator, read_jsonl, replacing, resolve_device, write_json
 from ..data.datasets import SPECS
 from ..methods.base import Method
@@ -114,9 +114,13 @@ def load_state(method: nn.Module, state: dict[str, torch.Tensor], source="the ch
     method.load_state_dict(state, strict=False)
 
 # %% ../../nbs/trainer/05_runs.ipynb #c91dd50e
+def word_lists() -> dict[str, str]:
+    "Which word lists the attributes had, for the metadata of a file."
+    return {name: str(value) for name, value in lexicon_record().items()}
+
 def save_weights(path: Path, trained: nn.Module, **about: str) -> None:
     "The trained weights as a safetensors file, replaced whole; `about` goes into its metadata."
-    about |= {"lexicon": str(LEXICON_VERSION)}
+    about |= word_lists()
     with replacing(path) as part: save_file(trained_state(trained), part, metadata=about)
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -137,7 +141,7 @@ def save_checkpoint(path: Path, method: nn.Module, optimizer: torch.optim.Optimi
     if negatives is not None and negatives.pools is not None:
         tensors |= {"pools": negatives.pools, "since": torch.tensor(negatives.since)}
     scale = scaler.state_dict() if scaler is not None else {}
-    about = {"epoch": str(epoch), "scale": json.dumps(scale)}
+    about = {"epoch": str(epoch), "scale": json.dumps(scale), **word_lists()}
     with replacing(path) as part: save_file(tensors, part, metadata=about)
 
 # %% ../../nbs/trainer/05_runs.ipynb #7b65564e

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT_NAMES', 'UNREAD', 'WEIGHTS', 'ABOUT', 'HUB', 'conv', 'Bottleneck', 'AttentionPool', 'ResNetTower', 'ClipResNet',
            'text_sizes', 'image_sizes', 'openai_name', 'clip_resnet', 'part_of', 'read_clip', 'clip_words',
-           'load_clip_resnet']
+           'description', 'load_clip_resnet']
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #77f22e48
 import json, math, re, zipfile
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import cached_file
 
-from ..checkpoints import TOWER_NAMES, is_weight_file, matched, numbers, read_tensors, shape_of
 from ...core import DataError
+from ..checkpoints import TOWER_NAMES, is_weight_file, matched, numbers, read_tensors, shape_of
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #560c57e3
 def conv(into: int, out: int, size: int = 1, stride: int = 1) -> nn.Conv2d:
@@ -37,12 +37,9 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = conv(into, width), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = conv(width, width, 3), nn.BatchNorm2d(width)
         self.conv3, self.bn3 = conv(width, 4 * width), nn.BatchNorm2d(4 * width)
-        self.pool = nn.AvgPool2d(stride)
-        self.downsample = (
-            nn.Identity()
-            if stride == 1 and into == 4 * width
-            else nn.Sequential(conv(into, 4 * width), nn.BatchNorm2d(4 * width))
-        )
+        self.pool, self.downsample = nn.AvgPool2d(stride), nn.Identity()
+        if stride > 1 or into != 4 * width:
+            self.downsample = nn.Sequential(conv(into, 4 * width), nn.BatchNorm2d(4 * width))
 
     def forward(self, maps: Tensor) -> Tensor:
         inner = F.relu(self.bn1(self.conv1(maps)))
@@ -56,25 +53,23 @@ class AttentionPool(nn.Module):
     def __init__(self, side: int, width: int, out: int):
         super().__init__()
         self.positional_embedding = nn.Parameter(torch.randn(side ** 2 + 1, width) / math.sqrt(width))
-        self.q_proj, self.k_proj, self.v_proj, self.c_proj = (
-            nn.Linear(width, width),
-            nn.Linear(width, width),
-            nn.Linear(width, width),
-            nn.Linear(width, out),
-        )
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.c_proj = nn.Linear(width, width), nn.Linear(width, out)
+
+    def heads(self, states: Tensor) -> Tensor:
+        "States (B,P,W) by heads of 64 channels: (B,heads,P,64)."
+        return states.unflatten(-1, (-1, 64)).transpose(1, 2)
 
     def forward(self, maps: Tensor) -> Tensor:
         places = maps.flatten(2).transpose(1, 2)  # (B,P,W)
         places = torch.cat([places.mean(1, keepdim=True), places], 1) + self.positional_embedding
-        query, key, value = (
-            layer.unflatten(-1, (-1, 64)).transpose(1, 2)
-            for layer in (self.q_proj(places[:, :1]), self.k_proj(places), self.v_proj(places))
-        )
-        return self.c_proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(1))
+        query, key = self.heads(self.q_proj(places[:, :1])), self.heads(self.k_proj(places))
+        read = F.scaled_dot_product_attention(query, key, self.heads(self.v_proj(places)))
+        return self.c_proj(read.transpose(1, 2).flatten(1))
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #d8c9e843
 class ResNetTower(nn.Module):
-    "Pixels (B,3,S,S) to vectors (B,out) of any length."
+    "Pixels (B,3,S,S) to vectors (B,out) of any length; `layers` are the blocks of the stages."
 
     def __init__(self, width: int, layers: tuple[int, ...], image_size: int, out: int):
         super().__init__()
@@ -85,11 +80,8 @@ class ResNetTower(nn.Module):
         for stage, blocks in enumerate(layers):
             inner = width * 2 ** stage
             first = Bottleneck(2 * inner if stage else width, inner, 2 if stage else 1)
-            setattr(
-                self,
-                f"layer{stage + 1}",
-                nn.Sequential(first, *[Bottleneck(4 * inner, inner) for _ in range(blocks - 1)]),
-            )
+            others = [Bottleneck(4 * inner, inner) for _ in range(blocks - 1)]
+            setattr(self, f"layer{stage + 1}", nn.Sequential(first, *others))
         self.attnpool = AttentionPool(image_size // 32, 32 * width, out)
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #1cb795c0
@@ -107,44 +99,35 @@ class ClipResNet(nn.Module):
 
     def __init__(self, text: CLIPTextConfig, *, width: int, layers: tuple[int, ...], image_size: int):
         super().__init__()
-        self.visual, self.text = ResNetTower(
-            width, layers, image_size, text.projection_dim
-        ), CLIPTextModelWithProjection(text)
+        self.visual = ResNetTower(width, layers, image_size, text.projection_dim)
+        self.text = CLIPTextModelWithProjection(text)
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #180d56b1
 def text_sizes(state: dict[str, Tensor], quick_gelu: bool = True) -> CLIPTextConfig:
     "The configuration of the text tower, from its tensors."
-    (vocabulary, width), (_, space) = shape_of(state, "token_embedding.weight"), shape_of(
-        state, "text_projection"
-    )
+    vocabulary, width = shape_of(state, "token_embedding.weight")
+    end = vocabulary - 1
     return CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        projection_dim=space,
+        projection_dim=shape_of(state, "text_projection")[1],
         num_attention_heads=max(1, width // 64),
         max_position_embeddings=shape_of(state, "positional_embedding")[0],
         num_hidden_layers=numbers(state, "transformer.resblocks.")[-1] + 1,
         intermediate_size=shape_of(state, "transformer.resblocks.0.mlp.c_fc.weight")[0],
         hidden_act="quick_gelu" if quick_gelu else "gelu",
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
-        pad_token_id=vocabulary - 1,
-    )
+        bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #42cb2a72
 def image_sizes(state: dict[str, Tensor]) -> dict:
     "Width, blocks and picture size of the ResNet, from its tensors."
     layers = tuple(numbers(state, f"visual.layer{stage}.")[-1] + 1 for stage in (1, 2, 3, 4))
-    places = shape_of(state, "visual.attnpool.positional_embedding")[0] - 1
-    if math.isqrt(places) ** 2 != places:
-        raise DataError(
-            f"visual.attnpool.positional_embedding has {places + 1} rows: not one more than a square of places"
-        )
-    return dict(
-        width=shape_of(state, "visual.conv3.weight")[0],
-        layers=layers,
-        image_size=32 * math.isqrt(places),
-    )
+    positions = shape_of(state, "visual.attnpool.positional_embedding")[0]
+    side = math.isqrt(positions - 1)
+    if side ** 2 != positions - 1:
+        said = "not one more than a square of places"
+        raise DataError(f"visual.attnpool.positional_embedding has {positions} rows: {said}")
+    return dict(width=shape_of(state, "visual.conv3.weight")[0], layers=layers, image_size=32 * side)
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #6011f063
 TEXT_NAMES = [
@@ -154,9 +137,8 @@ TEXT_NAMES = [
     (r"text_projection\.weight", "text_projection"),
     *TOWER_NAMES["clip"],
 ]
-UNREAD = re.compile(
-    r"logit_scale$|visual\..*num_batches_tracked$|(input_resolution|context_length|vocab_size)$"
-)  # the scale is the loss's, the rest are counters and notes
+UNREAD = re.compile(  # the scale is the loss's, the rest are counters and notes
+    r"logit_scale$|visual\..*num_batches_tracked$|(input_resolution|context_length|vocab_size)$")
 
 def openai_name(name: str) -> str:
     "The published name of one of the tensors of a `ClipResNet`."
@@ -166,21 +148,20 @@ def openai_name(name: str) -> str:
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #adb125f6
 def clip_resnet(state: dict[str, Tensor], quick_gelu: bool = True) -> ClipResNet:
-    "The model in float32, in evaluation mode, with a copy of weights under OpenAI's names; a wrong set of them raises `DataError`."
+    """The model in float32, in evaluation mode, with a copy of weights under OpenAI's names.
+
+    Weights that are missing, left over or of another shape raise `DataError`."""
     sizes = image_sizes(state)
     with torch.random.fork_rng(devices=[]): model = ClipResNet(text_sizes(state, quick_gelu), **sizes)
-    sources = {
-        name: (openai_name(name),)
-        for name in model.state_dict()
-        if not name.endswith("num_batches_tracked")
-    }
-    model.load_state_dict(
-        matched(state | {"text_projection": state["text_projection"].T}, model, sources, UNREAD)
-    )
+    needed = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
+    turned = state | {"text_projection": state["text_projection"].T}
+    weights = matched(turned, model, {name: (openai_name(name),) for name in needed}, UNREAD)
+    model.load_state_dict(weights)
     return model.eval()
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #3beeca61
-WEIGHTS, ABOUT, HUB = "open_clip_model.safetensors", "open_clip_config.json", "timm/resnet50x4_clip.openai"
+WEIGHTS, ABOUT = "open_clip_model.safetensors", "open_clip_config.json"
+HUB = "timm/resnet50x4_clip.openai"
 
 def part_of(name: str, file: str) -> Path | None:
     "A file of a local folder or a hub id, or None."
@@ -191,62 +172,52 @@ def part_of(name: str, file: str) -> Path | None:
 def read_clip(path: Path) -> dict[str, Tensor]:
     "The state dict in a file, out of CLIP4Cir's wrapping."
     if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-        raise DataError(
-            f"{path} is a TorchScript archive, which is code: use {HUB}, which has the same weights as tensors"
-        )
-    content = read_tensors(path)
+        raise DataError(f"{path} is a TorchScript archive, which is code: "
+                        f"use {HUB}, which has the same weights as tensors")
+    content, wanted = read_tensors(path), "visual.attnpool.positional_embedding"
     state = content.get("CLIP", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict) or "visual.attnpool.positional_embedding" not in state:
-        found = (
-            f"{', '.join(map(str, list(state)[:3]))} ..."
-            if isinstance(state, dict)
-            else type(state).__name__
-        )
-        raise DataError(
-            f"{path} is not a CLIP with a ResNet: no visual.attnpool.positional_embedding among {found}"
-        )
-    return state
+    if isinstance(state, dict) and wanted in state: return state
+    found = ", ".join(map(str, list(state)[:3])) + " ..." if isinstance(state, dict) else type(state).__name__
+    raise DataError(f"{path} is not a CLIP with a ResNet: no {wanted} among {found}")
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #b4299737
 def clip_words(name: str, end: int) -> CLIPTokenizer:
     "CLIP's tokenizer from a folder or hub id, whose end mark must be the model's."
-    try:
-        words = CLIPTokenizer.from_pretrained(name)
+    try: words = CLIPTokenizer.from_pretrained(name)
     except (OSError, ValueError) as problem:
-        raise DataError(
-            f"no tokenizer in {name}: put the tokenizer's files of {HUB} there, or let the hub be reached"
-        ) from problem
+        raise DataError(f"no tokenizer in {name}: put the tokenizer's files of {HUB} there, "
+                        "or let the hub be reached") from problem
     if words.eos_token_id != end or len(words) != end + 1:
-        raise DataError(
-            f"the tokenizer in {name} has {len(words)} words and ends texts with {words.eos_token_id}, where the model has {end + 1} and reads at {end}: put the tokenizer's files of {HUB} there"
-        )
+        raise DataError(f"the tokenizer in {name} has {len(words)} words and ends texts with "
+                        f"{words.eos_token_id}, where the model has {end + 1} and reads at {end}: "
+                        f"put the tokenizer's files of {HUB} there")
     return words
+
+# %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #716b2457
+def description(about: Path | None) -> dict:
+    "What `open_clip_config.json` says of the image tower, and `quick_gelu`; OpenAI's without the file."
+    if about is None: return {"quick_gelu": True}
+    try:
+        stated = json.loads(about.read_text())["model_cfg"]
+        return {**stated["vision_cfg"], "quick_gelu": stated.get("quick_gelu", False)}
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise DataError(f"{about} is not the configuration of a model: download it again") from problem
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #b86728b9
 def load_clip_resnet(name: str) -> tuple[ClipResNet, CLIPTokenizer] | None:
-    "The model and its words, of a file, a folder or a hub id; None where it is no CLIP with a ResNet in the layout of this page."
+    "The model and its words, of a file, folder or hub id; None where it is no CLIP with a ResNet."
     alone = is_weight_file(name)
     place = str(Path(name).parent) if alone else name
     about = part_of(place, ABOUT)
-    try:
-        kind = (
-            json.loads(about.read_text())["model_cfg"]
-            if about
-            else {"quick_gelu": True, "vision_cfg": {}}
-        )
-    except (ValueError, KeyError) as problem:
-        raise DataError(
-            f"{about} is not the configuration of a model: download it again"
-        ) from problem
-    if not alone and (not about or isinstance(kind["vision_cfg"].get("layers"), int)): return None
+    stated = description(about)
+    if not alone and (about is None or isinstance(stated.get("layers"), int)): return None
     weights = Path(name) if alone else part_of(name, WEIGHTS)
     if not weights: raise DataError(f"encoder {name!r} has {ABOUT} but no {WEIGHTS}: put it there")
-    try:model = clip_resnet(read_clip(weights), kind.get("quick_gelu", False))
+    try: model = clip_resnet(read_clip(weights), stated["quick_gelu"])
     except DataError as problem: raise DataError(f"encoder {name!r}: {problem}") from problem
-    size, said = model.visual.image_size, kind["vision_cfg"].get("image_size")
+    size, said = model.visual.image_size, stated.get("image_size")
     if said not in (None, size):
-        raise DataError(
-            f"encoder {name!r}: {ABOUT} says pictures of {said} pixels, the weights are for {size}"
-        )
+        raise DataError(f"encoder {name!r}: {ABOUT} says pictures of {said} pixels, "
+                        f"the weights are for {size}")
     beside = any(part_of(place, file) for file in ("tokenizer.json", "vocab.json"))
     return model, clip_words(place if beside or not alone else HUB, model.text.config.eos_token_id)
