@@ -1,8 +1,10 @@
 "What several files of tests need: where the repository lies, vectors of length one, a notebook run from outside."
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -28,3 +30,9 @@ def papermill(notebook, out, *parameters, cwd=ROOT, **more):
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(notebook), str(out), *words]
     environment = private_environment(Path(out).parent, PYTHONPATH=str(ROOT), **more)
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@contextlib.contextmanager
+def data_in(folder):
+    "With this folder as the folder of all data sets."
+    with mock.patch.dict(os.environ, DQE_CIR_DATA=str(folder)): yield folder

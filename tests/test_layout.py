@@ -3,13 +3,13 @@ import ast
 import graphlib
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
+from helpers import ROOT
+
 from dqe_cir import _moved
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dqe_cir"
 RUNNERS = ("train", "evaluate", "pretrain", "ablate", "search", "leaderboard", "inspect_run")
 

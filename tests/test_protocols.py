@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from helpers import unit
+
 from dqe_cir.core import generator
 from dqe_cir.data import CIRDataset, Triplet
 from dqe_cir.evaluator import GalleryScores, PROTOCOLS, Protocol, evaluate, evaluate_scores, protocol_for
@@ -41,7 +43,6 @@ class Features:
     def __getitem__(self, names): return torch.stack([self.of[name] for name in names])
 
 
-def unit(array): return normalize(torch.from_numpy(array).float(), dim=-1)
 def names(array): return [name.decode() for name in array]
 def load(golden, name): return np.load(golden(f"{name}.npz")), json.loads(golden(f"{name}.json").read_text())
 

@@ -30,7 +30,7 @@ from dqe_cir.trainer.batches import hold_out, linked
 from dqe_cir.trainer.config import SMALL, options_of, sometimes_read
 from dqe_cir.trainer.loop import tower_aside
 from dqe_cir.trainer.runs import load_run, read_weights, selection, trained_state
-from dqe_cir.trainer.step import Stepper, autocast_dtype, checkpoint_layers, training_step
+from dqe_cir.trainer.step import Stepper, autocast_dtype, training_step
 
 FULL = "some/full-size-encoder"
 
@@ -194,15 +194,8 @@ def test_no_reference_and_no_target_is_on_both_sides(links, seed):
     assert 0 < len(held.triplets) <= round(0.1 * len(triplets)) and held.split == "train_holdout"
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    "A data folder of its own, without any real data set."
-    return tmp_path_factory.mktemp("data")
-
-
 @pytest.mark.parametrize("dataset", ["garments", "fashioniq", "cirr"])
-def test_a_tenth_is_set_aside_and_can_be_evaluated(dataset, home, tmp_path, monkeypatch):
-    monkeypatch.setenv("DQE_CIR_DATA", str(home))
+def test_a_tenth_is_set_aside_and_can_be_evaluated(dataset, home, tmp_path):
     train = load_dataset(dataset, split="train", size="smoke")
     config = train_config(dict(dataset=dataset, method="info_nce", size="smoke", select_on="train_holdout", device="cpu", epochs=2, batch_size=24, evaluate_every=1, run_dir=str(tmp_path / "run")))
     method = build_method(config)
