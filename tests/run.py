@@ -10,7 +10,7 @@ from nbdev.process import NBProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = "2"  # processes, of one thread each
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}  # no test waits for a hub
 
 
 def run_notebooks():

@@ -18,6 +18,7 @@ from dqe_cir.methods import Batch
 from dqe_cir.trainer import check_method
 from dqe_cir.trainer import NegativePool
 from dqe_cir.methods.parts import LearnedTemperature, read_text
+from dqe_cir.studies.systems import measured, published
 from dqe_cir.studies.tables import method_name, read_figures
 from dqe_cir.trainer import TrainConfig, TrainingSet, train_config
 
@@ -227,3 +228,16 @@ def test_qure_mines_when_its_program_does(golden, dataset, key):
     data.negatives, pool.warmup, pool.every = pool, config.warmup_epochs, config.refresh_every
     epochs = [epoch for epoch in range(config.epochs) if data.refresh_due(epoch, config)]
     assert epochs == json.loads(golden("blip2_parity.json").read_text())["qure_refresh_epochs"][key]
+
+
+# ---- what the pages show
+
+def test_each_system_has_printed_figures_and_a_row_of_the_leaderboard():
+    names = {method_name(row["system"]): row["system"] for row in read_figures()}
+    assert set(names) == METHODS.keys() - {"info_nce"}
+    for method, system in names.items():
+        shown = published(system).data
+        printed = [row for row in read_figures() if row["system"] == system and " " not in row["metric"]]
+        assert printed and all(f"{row['metric']} {row['value']:.2f}" in shown and row["backbone"] in shown for row in printed)
+        assert f"| `{method}` | 3 |" in measured(method).data and "| `info_nce` | 3 |" in measured(method).data
+    with pytest.raises(ValueError, match="no printed figure of 'InfoNCE'; known: CoSMo"): published("InfoNCE")
