@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'Run', 'read_config', 'is_run', 'finished_runs', 'runs_folder', 'open_run', 'trained_state', 'load_state',
-           'word_lists', 'save_weights', 'read_weights', 'optimizer_tensors', 'save_checkpoint', 'load_optimizer',
+           'word_lists', 'save_weights', 'read_weights', 'optimizer_tensors', 'load_optimizer', 'save_checkpoint',
            'load_checkpoint', 'build_method', 'selection', 'best_path', 'keep_checkpoint', 'load_best', 'load_run']
 
 # %% ../../nbs/trainer/05_runs.ipynb #3954029a
@@ -12,12 +12,14 @@ import dataclasses, json, tempfile
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ..attributes import lexicon_record
-from ..core import append_jsonl, checked, checkout, generator, read_jsonl, replacing, resolve_device, write_json
+from ..core import append_jsonl, checked, checkout, generator, read_jsonl, replacing
+from ..core import resolve_device, write_json
 from ..data.datasets import SPECS
 from ..methods.base import Method
 from .config import TrainConfig, form_of
@@ -37,26 +39,15 @@ class Run:
             write_json(self.folder / "config.json", settings)
             return
         there = {name: value for name, value in read_config(self.folder).items() if name not in ELSEWHERE}
-        differs = [name for name, value in there.items() if settings.get(name) != value]
+        differs = ", ".join(name for name, value in there.items() if settings.get(name) != value)
         if differs:
-            raise ValueError(f"{self.folder} holds a run with other values of {', '.join(differs)}: choose another run_dir")
+            raise ValueError(f"{self.folder} holds a run with other values of {differs}: "
+                             "choose another run_dir")
 
     @property
-    def finished(self) -> bool: return (self.folder / "model.safetensors").exists()
-
-    @property
-    def events(self) -> list[dict]:
-        "What happened so far, in order."
-        path = self.folder / "metrics.jsonl"
-        return read_jsonl(path) if path.exists() else []
-
-    def log(self, kind: str, **event) -> None: append_jsonl(self.folder / "metrics.jsonl", kind=kind, **event)
-
-    def forget_after(self, epoch: int) -> None:
-        "Drop events of epochs that will be trained again."
-        kept = [event for event in self.events if event["epoch"] <= epoch and event["kind"] != "selection"]
-        with replacing(self.folder / "metrics.jsonl") as part:
-            part.write_text("".join(json.dumps(event) + "\n" for event in kept))
+    def finished(self) -> bool:
+        "Is the training over? The weights are the last thing that it writes."
+        return (self.folder / "model.safetensors").exists()
 
 # %% ../../nbs/trainer/05_runs.ipynb #0e9c22b8
 def read_config(folder: Path) -> dict:
@@ -65,6 +56,27 @@ def read_config(folder: Path) -> dict:
     if path.exists(): return json.loads(path.read_text())
     raise ValueError(f"{folder} is not a run folder: it has no config.json. Train first, or correct run_dir")
 
+# %% ../../nbs/trainer/05_runs.ipynb #1585f034
+@patch(as_prop=True)
+def events(self: Run) -> list[dict]:
+    "What happened so far, in order."
+    path = self.folder / "metrics.jsonl"
+    return read_jsonl(path) if path.exists() else []
+
+@patch
+def log(self: Run, kind: str, **event) -> None:
+    "Append an event."
+    append_jsonl(self.folder / "metrics.jsonl", kind=kind, **event)
+
+# %% ../../nbs/trainer/05_runs.ipynb #747dbc6b
+@patch
+def forget_after(self: Run, epoch: int) -> None:
+    "Drop events of epochs that will be trained again."
+    kept = [event for event in self.events if event["epoch"] <= epoch and event["kind"] != "selection"]
+    with replacing(self.folder / "metrics.jsonl") as part:
+        part.write_text("".join(json.dumps(event) + "\n" for event in kept))
+
+# %% ../../nbs/trainer/05_runs.ipynb #b3d5e06c
 def is_run(folder: Path) -> bool:
     "Does a folder hold a training run? An encoder's folder has a config.json too, but no method in it."
     try: return "method" in read_config(folder)
@@ -81,8 +93,8 @@ def runs_folder() -> Path:
     return (checkout() or Path.cwd()) / "runs"
 
 def open_run(config: TrainConfig, temporary: bool = False) -> Run:
-    """The run of an explicit `run_dir`, else the first free folder `runs/<dataset>-<method>-seed<seed>[-n]`, or a
-    temporary one."""
+    """The run of an explicit `run_dir`, else the first free folder
+    `runs/<dataset>-<method>-seed<seed>[-n]`, or a temporary one."""
     if config.run_dir: return Run(config, Path(config.run_dir))
     if temporary: return Run(config, Path(tempfile.mkdtemp(prefix="dqe-cir-")))
     form = "-native" if config.form == "native" else ""
@@ -95,8 +107,8 @@ def open_run(config: TrainConfig, temporary: bool = False) -> Run:
 
 # %% ../../nbs/trainer/05_runs.ipynb #e0df55ea
 def trained_state(method: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything in the state dict that is trained: parameters with gradients, and the buffers of all modules but those
-    whose parameters are all frozen."""
+    """Everything in the state dict that is trained: parameters with gradients, and the buffers of all
+    modules but those whose parameters are all frozen."""
     owner = lambda name: name.rpartition(".")[0]
     parameters = dict(method.named_parameters())
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
@@ -110,7 +122,8 @@ def load_state(method: nn.Module, state: dict[str, torch.Tensor], source="the ch
     "Load what `trained_state` returned; a missing or surplus name raises `ValueError`."
     odd = sorted(set(trained_state(method)) ^ set(state))
     if odd:
-        raise ValueError(f"{source} does not fit this method: {len(odd)} names differ, such as {', '.join(odd[:3])}")
+        raise ValueError(f"{source} does not fit this method: {len(odd)} names differ, "
+                         f"such as {', '.join(odd[:3])}")
     method.load_state_dict(state, strict=False)
 
 # %% ../../nbs/trainer/05_runs.ipynb #c91dd50e
@@ -131,20 +144,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     "The optimizer's memory, each tensor under `optimizer/<parameter number>/<name>`."
     state = optimizer.state_dict()["state"]
-    named = {f"optimizer/{number}/{name}": value for number, values in state.items() for name, value in values.items()}
+    named = {f"optimizer/{number}/{name}": value
+             for number, values in state.items() for name, value in values.items()}
     return {name: value.detach().cpu().contiguous().clone() for name, value in named.items()}
 
-def save_checkpoint(path: Path, method: nn.Module, optimizer: torch.optim.Optimizer, epoch: int,
-                    negatives: NegativePool | None = None, scaler=None) -> None:
-    "Weights, optimizer, pools of negatives and loss scale after `epoch` finished epochs, in one file, replaced whole."
-    tensors = {f"model/{name}": value for name, value in trained_state(method).items()} | optimizer_tensors(optimizer)
-    if negatives is not None and negatives.pools is not None:
-        tensors |= {"pools": negatives.pools, "since": torch.tensor(negatives.since)}
-    scale = scaler.state_dict() if scaler is not None else {}
-    about = {"epoch": str(epoch), "scale": json.dumps(scale), **word_lists()}
-    with replacing(path) as part: save_file(tensors, part, metadata=about)
-
-# %% ../../nbs/trainer/05_runs.ipynb #7b65564e
+# %% ../../nbs/trainer/05_runs.ipynb #ccd9ab2a
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     "Put back what `optimizer_tensors` named."
     state = optimizer.state_dict()
@@ -154,12 +158,26 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Te
         state["state"].setdefault(int(number), {})[key] = value
     optimizer.load_state_dict(state)
 
+# %% ../../nbs/trainer/05_runs.ipynb #e50d3fa1
+def save_checkpoint(path: Path, method: nn.Module, optimizer: torch.optim.Optimizer, epoch: int,
+                    negatives: NegativePool | None = None, scaler=None) -> None:
+    """Weights, optimizer, pools of negatives and loss scale after `epoch` finished epochs, in one file,
+    replaced whole."""
+    tensors = {f"model/{name}": value for name, value in trained_state(method).items()}
+    tensors |= optimizer_tensors(optimizer)
+    if negatives is not None and negatives.pools is not None:
+        tensors |= {"pools": negatives.pools, "since": torch.tensor(negatives.since)}
+    scale = scaler.state_dict() if scaler is not None else {}
+    about = {"epoch": str(epoch), "scale": json.dumps(scale), **word_lists()}
+    with replacing(path) as part: save_file(tensors, part, metadata=about)
+
+# %% ../../nbs/trainer/05_runs.ipynb #7b65564e
 def load_checkpoint(path: Path, method: nn.Module, optimizer: torch.optim.Optimizer,
                     negatives: NegativePool | None = None, scaler=None) -> int:
     "Restore what `save_checkpoint` wrote and return the number of finished epochs."
     with safe_open(path, framework="pt") as file: about = file.metadata()
-    tensors = read_weights(path)
-    weights = {name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")}
+    tensors, own = read_weights(path), "model/"
+    weights = {name.removeprefix(own): value for name, value in tensors.items() if name.startswith(own)}
     load_state(method, weights, path)
     load_optimizer(optimizer, tensors)
     if negatives is not None and "pools" in tensors:
@@ -181,25 +199,32 @@ def build_method(config: TrainConfig) -> Method:
 
 # %% ../../nbs/trainer/05_runs.ipynb #c89d2aa7
 def selection(config: TrainConfig, events: list[dict]) -> dict:
-    """Rule, measure, epoch (from 1) and value (percent) of the weights that a run with these events ends with; epoch None
-    while nothing was evaluated."""
-    if config.select_on == "last": return dict(select_on="last", measure=None, epoch=config.epochs, value=None)
-    measure = SPECS[config.dataset].measure
-    looks = {event["epoch"]: event["metrics"][measure] for event in events if event["kind"] == "epoch" and event["metrics"]}
+    """Rule, measure, epoch (from 1) and value (percent) of the weights that a run with these events ends
+    with; epoch None while nothing was evaluated."""
+    rule, measure = config.select_on, SPECS[config.dataset].measure
+    if rule == "last": return dict(select_on=rule, measure=None, epoch=config.epochs, value=None)
+    looked = [event for event in events if event["kind"] == "epoch" and event["metrics"]]
+    looks = {event["epoch"]: event["metrics"][measure] for event in looked}
     epoch = min(looks, key=lambda epoch: (-looks[epoch], epoch), default=None)
-    return dict(select_on=config.select_on, measure=measure, epoch=epoch, value=looks.get(epoch))
+    return dict(select_on=rule, measure=measure, epoch=epoch, value=looks.get(epoch))
 
 # %% ../../nbs/trainer/05_runs.ipynb #af190297
-def best_path(run: Run, epoch: int) -> Path: return run.folder / f"best-{epoch}.safetensors"
+def best_path(run: Run, epoch: int) -> Path:
+    "Where the weights of a best epoch wait for the end of the run."
+    return run.folder / f"best-{epoch}.safetensors"
 
-def keep_checkpoint(run: Run, method: Method, stepper: Stepper, epoch: int, negatives: NegativePool | None = None) -> None:
-    "Write the weights if this epoch is the best so far, then the checkpoint, then drop the weights of epochs that are not."
+def keep_checkpoint(run: Run, method: Method, stepper: Stepper, epoch: int,
+                    negatives: NegativePool | None = None) -> None:
+    """Write the weights if this epoch is the best so far, then the checkpoint, then drop the weights of
+    epochs that are not."""
     best = selection(run.config, run.events)["epoch"] if run.config.select_on != "last" else None
     if best == epoch: save_weights(best_path(run, epoch), method)
-    save_checkpoint(run.folder / "resume.safetensors", method, stepper.optimizer, epoch, negatives, stepper.scaler)
+    resume = run.folder / "resume.safetensors"
+    save_checkpoint(resume, method, stepper.optimizer, epoch, negatives, stepper.scaler)
     for path in run.folder.glob("best-*.safetensors"):
         if best is None or path != best_path(run, best): path.unlink()
 
+# %% ../../nbs/trainer/05_runs.ipynb #23b31c19
 def load_best(run: Run, method: Method) -> dict:
     "Put the selected weights into the method; returns the `selection`."
     choice = selection(run.config, run.events)
@@ -217,7 +242,8 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Method, TrainConfig]:
     config = dataclasses.replace(checked(TrainConfig, read_config(folder)), device=device)
     path = Path(folder) / "model.safetensors"
     if not path.exists():
-        raise ValueError(f"{folder} holds no finished run (no model.safetensors): run the training again to finish it")
+        raise ValueError(f"{folder} holds no finished run (no model.safetensors): "
+                         "run the training again to finish it")
     method = build_method(config)
     load_state(method, read_weights(path), path)
     return method.eval(), config

@@ -27,7 +27,8 @@ def learning_rate_factor(step: int, steps: int) -> float:
 def checkpoint_layers(encoder: Blip2Encoder) -> None:
     "Recompute each Q-Former layer in the backward pass instead of keeping what it computed."
     if not hasattr(encoder, "qformer"):
-        raise ValueError("checkpointing is for the Q-Former, which a native form does not have: use accumulate")
+        raise ValueError("checkpointing is for the Q-Former, "
+                         "which a native form does not have: use accumulate")
     again = partial(checkpoint, use_reentrant=False)
     for layer in encoder.qformer.encoder.layer:
         layer.gradient_checkpointing = True
@@ -44,7 +45,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
 class Stepper:
     "AdamW over a method's parameter groups, the precision and its loss scale."
 
-    def __init__(self, method: Method, lr: float, weight_decay: float = 0.05, head_rate: float = 1.0, precision: str = "auto"):
+    def __init__(self, method: Method, lr: float, weight_decay: float = 0.05, head_rate: float = 1.0,
+                 precision: str = "auto"):
         self.device = next(method.parameters()).device
         self.optimizer = torch.optim.AdamW(parameter_groups(method, lr, weight_decay, head=head_rate))
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -63,9 +65,10 @@ def mean_terms(method: Method, batch, stepper: Stepper) -> tuple[torch.Tensor, d
         terms = {name: value.float().mean() for name, value in values.items()}
         return sum(method.weights.get(name, 1.0) * value for name, value in terms.items()), terms
 
+# %% ../../nbs/trainer/04_step.ipynb #9174155b
 def training_step(method: Method, batches, stepper: Stepper) -> dict[str, float]:
-    """One optimizer step over pairs of a batch and its share of the step's queries. Returns every loss term and their
-    weighted `total` as plain numbers; `FloatingPointError` for a loss that is not finite."""
+    """One optimizer step over pairs of a batch and its share of the step's queries. Returns every loss term
+    and their weighted `total` as plain numbers; `FloatingPointError` for a loss that is not finite."""
     optimizer, scaler, sums = stepper.optimizer, stepper.scaler, {}
     optimizer.zero_grad(set_to_none=True)
     for batch, share in batches:
