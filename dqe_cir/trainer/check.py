@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXTS', 'toy_images', 'toy_batch', 'toy_batches', 'demand', 'demand_close', 'check_shapes', 'check_rows',
-           'check_ranking', 'weighted_loss', 'check_losses', 'learn_by_heart', 'check_round_trip', 'check_idle',
-           'check_method']
+           'check_ranking', 'weighted_loss', 'check_losses', 'check_idle', 'found_ranks', 'learn_by_heart',
+           'check_round_trip', 'built', 'check_method']
 
 # %% ../../nbs/trainer/08_check.ipynb #74e35342
 from dataclasses import replace
@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core import generator
-from ..encoder.blip2 import load_encoder
 from ..methods.base import Batch, Method
 from ..methods.zoo import METHODS
 from ..retrieval import ranks, ties
 from .config import train_config
-from .runs import build_method, load_state, trained_state
+from .runs import load_state, trained_state
 
 # %% ../../nbs/trainer/08_check.ipynb #697f23bb
 TEXTS = ["is red", "is blue and longer", "has short sleeves", "is striped", "has a collar", "is darker",
@@ -28,10 +27,12 @@ TEXTS = ["is red", "is blue and longer", "has short sleeves", "is striped", "has
 def toy_images(encoder, seed: int = 0) -> Tensor:
     "Tokens (16,...) of sixteen made-up images that differ from each other in all of their places."
     size = encoder.token_shape
-    centre = (1, size[1]) if len(size) == 2 else (size[0], 1, 1)  # of all tokens, or a colour where pixels are the tokens
+    pixels = len(size) == 3
+    centre = (size[0], 1, 1) if pixels else (1, size[1])  # a colour, or the mean of an image's tokens
     centres = torch.randn(16, *centre, generator=generator(seed, "centres"))
     return centres + 0.5 * torch.randn(16, *size, generator=generator(seed, "noise"))
 
+# %% ../../nbs/trainer/08_check.ipynb #b4efcc66
 def toy_batch(encoder, count: int = 8, negatives: int = 0, progress: float = 0.0, seed: int = 0) -> Batch:
     "The first `count` of eight triplets; each negative is another row's target."
     reference, target = toy_images(encoder, seed).split(8)
@@ -42,11 +43,12 @@ def toy_batch(encoder, count: int = 8, negatives: int = 0, progress: float = 0.0
 
 # %% ../../nbs/trainer/08_check.ipynb #be557bfe
 def toy_batches(method: Method) -> list[Batch]:
-    "Every situation that a method meets in training: start and end, with negatives or none, a last batch of one row."
+    "Every situation a method meets in training: start and end, negatives or none, a last batch of one row."
     counts = (0, 1, 2) if method.uses_negatives else (0,)
     situations = [(size, count, progress) for size in (8, 1) for count in counts for progress in (0.0, 1.0)]
     return [toy_batch(method.encoder, *situation) for situation in situations]
 
+# %% ../../nbs/trainer/08_check.ipynb #dd11b0f0
 def demand(holds, complaint: str) -> None:
     "An `AssertionError` with a sentence, unless it holds."
     if not holds: raise AssertionError(complaint)
@@ -58,7 +60,8 @@ def demand_close(found: Tensor, wanted: Tensor, complaint: str, rtol: float = 0.
 # %% ../../nbs/trainer/08_check.ipynb #fc0efa3b
 @torch.no_grad()
 def check_shapes(method: Method) -> None:
-    "Queries (B,D) of unit length, images (N,T,D), finite scores (B,N); evaluation is deterministic; the text matters."
+    """Queries (B,D) of unit length, images (N,T,D), finite scores (B,N); evaluation is deterministic; the
+    text matters."""
     batch, name = toy_batch(method.encoder), type(method).__name__
     query, gallery = method.encode_query(batch.reference, batch.texts), method.encode_target(batch.target)
     fits = query.dim() == 2 and gallery.dim() == 3 and query.shape[-1] == gallery.shape[-1]
@@ -72,14 +75,16 @@ def check_shapes(method: Method) -> None:
     other = method.encode_query(batch.reference, batch.texts[::-1])
     demand((other - query).norm(dim=-1).min() > 1e-4, f"{name}.encode_query does not look at the text")
 
+# %% ../../nbs/trainer/08_check.ipynb #2f1bd838
 @torch.no_grad()
 def check_rows(method: Method) -> None:
     "Rows of a batch do not see each other."
-    batch = toy_batch(method.encoder)
+    batch, complaint = toy_batch(method.encoder), "a row alone is another row than in a batch"
     query, gallery = method.encode_query(batch.reference, batch.texts), method.encode_target(batch.target)
-    lonely = method.encode_query(batch.reference[2:3], batch.texts[2:3]), method.encode_target(batch.target[2:3])
-    for whole, alone in zip((query, gallery), lonely):
-        demand_close(alone[0], whole[2], f"{type(method).__name__}: a row alone is another row than in a batch", 1e-3, 1e-4)
+    lonely_query = method.encode_query(batch.reference[2:3], batch.texts[2:3])
+    lonely_image = method.encode_target(batch.target[2:3])
+    for whole, alone in ((query, lonely_query), (gallery, lonely_image)):
+        demand_close(alone[0], whole[2], f"{type(method).__name__}: {complaint}", 1e-3, 1e-4)
 
 # %% ../../nbs/trainer/08_check.ipynb #6fea489a
 @torch.no_grad()
@@ -89,16 +94,18 @@ def check_ranking(method: Method) -> None:
     query, gallery = method.encode_query(batch.reference, batch.texts), method.encode_target(batch.target)
     order = torch.randperm(8, generator=generator(0, "order")).to(query.device)
     shuffled, scores = method.score(query, gallery[order]), method.score(query, gallery)
-    demand_close(shuffled, scores[:, order], f"{name}.score depends on the order of the gallery", 1.3e-6, 1e-5)
+    complaint = f"{name}.score depends on the order of the gallery"
+    demand_close(shuffled, scores[:, order], complaint, 1.3e-6, 1e-5)
     collapsed = method.score(query, gallery[:1].expand(8, -1, -1))
     last = ranks(collapsed, order) + ties(collapsed, order)
     demand((last == 8).all(), f"{name}: images that are all alike do not all have the same score")
 
-# %% ../../nbs/trainer/08_check.ipynb #c3a5543f
+# %% ../../nbs/trainer/08_check.ipynb #14a0c454
 def weighted_loss(method: Method, batch: Batch) -> Tensor:
     "The one number that training lowers."
     return sum(method.weights.get(term, 1.0) * values.mean() for term, values in method.losses(batch).items())
 
+# %% ../../nbs/trainer/08_check.ipynb #c3a5543f
 def check_losses(method: Method) -> set[str]:
     "Terms (B,) and gradients are finite. Returns the parameters that a gradient other than zero reaches."
     name, moved, training = type(method).__name__, set(), method.training
@@ -117,35 +124,7 @@ def check_losses(method: Method) -> set[str]:
     method.train(training)
     return moved
 
-# %% ../../nbs/trainer/08_check.ipynb #378cadcb
-def learn_by_heart(method: Method, steps: int = 100, lr: float = 1e-3) -> Tensor:
-    "Ranks (8,) of the targets among the eight after some steps on the toy batch, each step against another row's target."
-    trained = [parameter for parameter in method.train().parameters() if parameter.requires_grad]
-    optimizer, batch = torch.optim.AdamW(trained, lr=lr), toy_batch(method.encoder, negatives=7 * method.uses_negatives)
-    for step in range(steps):
-        negative = batch.negative[:, step % 7].unsqueeze(1) if method.uses_negatives else None
-        loss = weighted_loss(method, replace(batch, negative=negative, progress=step / steps))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(method.parameters(), 1.0)
-        optimizer.step()
-    method.eval()
-    with torch.no_grad():
-        query, gallery = method.encode_query(batch.reference, batch.texts), method.encode_target(batch.target)
-        scores = method.score(query, gallery)
-    return ranks(scores, torch.arange(8, device=scores.device))
-
-# %% ../../nbs/trainer/08_check.ipynb #f8730e5e
-@torch.no_grad()
-def check_round_trip(method: Method, fresh: Method) -> None:
-    "A fresh copy that loads the trained state gives the same queries and images."
-    load_state(fresh, trained_state(method))
-    method.eval(), fresh.eval()
-    batch, complaint = toy_batch(method.encoder), f"{type(method).__name__} is not the same after saving and loading"
-    demand_close(fresh.encode_query(batch.reference, batch.texts), method.encode_query(batch.reference, batch.texts), complaint)
-    demand_close(fresh.encode_target(batch.target), method.encode_target(batch.target), complaint)
-
-# %% ../../nbs/trainer/08_check.ipynb #1adacfd2
+# %% ../../nbs/trainer/08_check.ipynb #d93fd8d7
 def check_idle(method: Method, moved: set[str]) -> None:
     "Every parameter that claims to be trained gets a gradient, before or after learning by heart."
     trained = {key for key, parameter in method.named_parameters() if parameter.requires_grad}
@@ -153,19 +132,62 @@ def check_idle(method: Method, moved: set[str]) -> None:
     name = type(method).__name__
     demand(not idle, f"{name}: no gradient reaches {len(idle)} parameters, such as {idle[:1]}; freeze them")
 
-def check_method(method_class: type[Method], encoder: str = "mini", **options) -> None:
-    "All questions of this page; `options` are parameters of a run. Raises `AssertionError` with a sentence."
+# %% ../../nbs/trainer/08_check.ipynb #c84caf44
+def found_ranks(method: Method, batch: Batch) -> Tensor:
+    "Ranks (8,) of the targets among the eight; the method is put in evaluation mode."
+    method.eval()
+    with torch.no_grad():
+        query, gallery = method.encode_query(batch.reference, batch.texts), method.encode_target(batch.target)
+        scores = method.score(query, gallery)
+    return ranks(scores, torch.arange(8, device=scores.device))
+
+# %% ../../nbs/trainer/08_check.ipynb #378cadcb
+def learn_by_heart(method: Method, steps: int = 100, lr: float = 1e-3) -> Tensor:
+    "The `found_ranks` after some steps on the toy batch, each step against another row's target."
+    trained = [parameter for parameter in method.train().parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr)
+    batch = toy_batch(method.encoder, negatives=7 * method.uses_negatives)
+    for step in range(steps):
+        negative = batch.negative[:, step % 7].unsqueeze(1) if method.uses_negatives else None
+        loss = weighted_loss(method, replace(batch, negative=negative, progress=step / steps))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(method.parameters(), 1.0)
+        optimizer.step()
+    return found_ranks(method, batch)
+
+# %% ../../nbs/trainer/08_check.ipynb #f8730e5e
+@torch.no_grad()
+def check_round_trip(method: Method, fresh: Method) -> None:
+    "A fresh copy that loads the trained state gives the same queries and images."
+    load_state(fresh, trained_state(method))
+    method.eval()
+    fresh.eval()
+    batch = toy_batch(method.encoder)
+    complaint = f"{type(method).__name__} is not the same after saving and loading"
+    again, query = (model.encode_query(batch.reference, batch.texts) for model in (fresh, method))
+    demand_close(again, query, complaint)
+    demand_close(fresh.encode_target(batch.target), method.encode_target(batch.target), complaint)
+
+# %% ../../nbs/trainer/08_check.ipynb #3cd0825c
+def built(method_class: type[Method], encoder: str, **options) -> Method:
+    "A fresh method of a class that may or may not be one of this repository, in evaluation mode, on the CPU."
     known = {form: name for name, method in METHODS.items() for form in (method, method.native) if form}
     named = {"method": known[method_class]} if method_class in known else {}
     config = train_config({"encoder": encoder, "device": "cpu", **named, **options})
-    build = lambda: method_class.from_config(method_class.load_encoder(encoder, device="cpu"), config).eval()
+    return method_class.from_config(method_class.load_encoder(encoder, device="cpu"), config).eval()
+
+# %% ../../nbs/trainer/08_check.ipynb #1adacfd2
+def check_method(method_class: type[Method], encoder: str = "mini", **options) -> None:
+    "All questions of this page; `options` are parameters of a run. Raises `AssertionError` with a sentence."
+    name, always = method_class.__name__, (check_shapes, check_rows, check_ranking)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        method = build()
-        for check in (check_shapes, check_rows, check_ranking): check(method)
+        method = built(method_class, encoder, **options)
+        for check in always: check(method)
         moved, found = check_losses(method), learn_by_heart(method)
-        complaint = f"{method_class.__name__} cannot learn eight triplets by heart: the targets end on ranks {found.tolist()}"
+        complaint = f"{name} cannot learn eight triplets by heart: the targets end on ranks {found.tolist()}"
         demand((found == 1).all(), complaint)
         check_idle(method, moved)
-        for check in (check_shapes, check_rows, check_ranking): check(method)
-        check_round_trip(method, build())
+        for check in always: check(method)
+        check_round_trip(method, built(method_class, encoder, **options))

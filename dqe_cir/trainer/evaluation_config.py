@@ -34,8 +34,8 @@ class EvaluateConfig:
 # %% ../../nbs/trainer/07_evaluation_config.ipynb #5bcb50e5
 def evaluation_protocol(config: EvaluateConfig) -> Protocol:
     "The rules that an evaluation's parameters ask for; a split whose answers nobody has raises `ValueError`."
-    choices = dict(gallery=config.gallery, exclude_reference=config.exclude_reference, caption_order=config.caption_order,
-                   prompt=config.prompt)
+    chosen = ("gallery", "exclude_reference", "caption_order", "prompt")
+    choices = {name: getattr(config, name) for name in chosen}
     protocol = protocol_for(config.dataset, config.protocol, **choices)
     if config.split.startswith("test") and config.split != SPECS[config.dataset].server:
         raise ValueError(f"the {config.split} split of {config.dataset} has no targets, "
@@ -46,18 +46,21 @@ def evaluation_protocol(config: EvaluateConfig) -> Protocol:
 def run_to_evaluate(run_dir: str) -> str:
     "The folder of a run: the one that is named, else the newest finished one."
     if run_dir and (is_run(run_dir) or not (Path(run_dir) / "config.json").exists()): return run_dir
-    if run_dir: raise ValueError(f"{run_dir} holds a model, but no training run: name the folder that training wrote")
+    if run_dir:
+        raise ValueError(f"{run_dir} holds a model, but no training run: name the folder that training wrote")
     finished = finished_runs(runs_folder())
     if not finished: raise ValueError(f"no finished run under {runs_folder()}: train first, or give run_dir")
     return str(finished[-1])
 
+# %% ../../nbs/trainer/07_evaluation_config.ipynb #bb041887
 def evaluation_config(values: dict) -> EvaluateConfig:
-    "The resolved `EvaluateConfig`; no run to evaluate and rules that the data set does not have raise `ValueError`."
+    """The resolved `EvaluateConfig`; no run to evaluate and rules that the data set does not have raise
+    `ValueError`."""
     config = checked(EvaluateConfig, values)
     folder = run_to_evaluate(config.run_dir)
     trained = read_config(folder)
-    known = dict(run_dir=folder, dataset=config.dataset or trained["dataset"], size=config.size or trained["size"])
-    config = dataclasses.replace(config, **known)
+    known = {name: getattr(config, name) or trained[name] for name in ("dataset", "size")}
+    config = dataclasses.replace(config, run_dir=folder, **known)
     evaluation_protocol(config)
     return config
 
