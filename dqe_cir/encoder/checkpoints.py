@@ -74,6 +74,7 @@ def shape_of(state: dict[str, Tensor], name: str) -> torch.Size:
         raise DataError(f"it lacks {name}: the checkpoint is incomplete or of another model")
     return state[name].shape
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #e9d9abc3
 def numbers(state: dict[str, Tensor], prefix: str, suffix: str = "") -> list[int]:
     "The sorted numbers N for which a tensor `<prefix>N.<suffix>...` exists; at least one."
     pattern = re.compile(re.escape(prefix) + r"(\d+)\." + re.escape(suffix))
