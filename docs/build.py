@@ -18,7 +18,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 import nbformat
 from latex2mathml.converter import convert
 from nbconvert.filters.markdown_mistune import MarkdownWithMath
-from pages import Page, Renderer, cell_html, coloured, module_pages, notebook_pages, places_of_names
+from pages import Page, Renderer, cell_html, coloured, module_pages, notebook_pages, places_of_names, spelled
 from pygments.formatters import HtmlFormatter
 
 HERE = Path(__file__).resolve().parent
@@ -56,8 +56,10 @@ class Site:
 
     def address(self, page, base, url):
         "Where a link in a file of folder `base` leads on the site: to a page, or to a copy of the file."
-        if urlsplit(url).scheme or url.startswith("#"): return url
+        if urlsplit(url).scheme: return url
         path, fragment = urldefrag(url)
+        fragment = spelled(unquote(fragment))
+        if not path: return f"#{fragment}"
         path = normpath(join(base, unquote(path)))
         if path in self.by_source: return page.link(self.by_source[path].target + f"#{fragment}" * bool(fragment))
         if path.split("/")[0] == "nbs" and (self.root / path).is_dir(): return page.link(f"index.html#{path}")
@@ -74,7 +76,8 @@ class Site:
 
     def formula(self, page, tex, display):
         "MathML. Letters of other alphabets want braces, and latex2mathml forgets double bars after a size."
-        made = convert(re.sub(r"\\(mathbb|mathbf|mathcal) ?(\w)", r"\\\1{\2}", tex), display=display)
+        plain = re.sub(r"\\(?:bigg?|Bigg?)[lrm]?(?![a-zA-Z])|\\!", "", tex)  # sizes and negative space: MathML stretches by itself
+        made = convert(re.sub(r"\\(mathbb|mathbf|mathcal) ?(\w)", r"\\\1{\2}", plain), display=display)
         made = re.sub(r">\\(lVert|rVert|\|)<", ">&#x2016;<", made)
         if "\\" in made: self.problems.append(f"{page.source}: the formula {tex} cannot be set")
         return made

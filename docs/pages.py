@@ -44,11 +44,16 @@ class Page:
     def heading(self, level, text):
         "A heading with an anchor of its own, spelled as GitHub spells it."
         plain = re.sub(r"<[^>]+>", "", text)
-        anchor = re.sub(r"[^\w\- ]", "", plain.lower()).replace(" ", "-")
+        anchor = spelled(plain)
         taken = [name for _, name, _ in self.headings]
         anchor = next(name for name in (anchor, *(f"{anchor}-{n}" for n in range(1, 99))) if name not in taken)
         self.headings.append((level, anchor, plain))
         return f'<h{level} id="{anchor}">{text} <a class="anchor" href="#{anchor}" aria-label="link">#</a></h{level}>\n'
+
+
+def spelled(heading):
+    "A heading, or JupyterLab's anchor of it, as GitHub spells the anchor."
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def without_links(html): return re.sub(r"</?a\b[^>]*>", "", html)

@@ -1,17 +1,16 @@
 "Shared by all tests: where the yardsticks lie, one torch thread, the same hypothesis examples on every run."
 import os
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 from PIL import Image
 
+from helpers import ROOT, data_in
+
 torch.set_num_threads(1)
 settings.register_profile("house", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("house")
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 REFERENCE = ROOT / "tests" / "golden" / "reference"  # the figures of other programs that are small enough to come along
@@ -34,6 +33,12 @@ def golden():
 def annotations():
     "annotations('cirr') -> Path of a data set's real annotation files (no images)."
     return lambda name: beside("annotations", name)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "A data folder without any real data set, for all tests of a file after the first that asks for it."
+    with data_in(tmp_path_factory.mktemp("data")) as folder: yield folder
 
 
 @pytest.fixture

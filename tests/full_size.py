@@ -10,10 +10,11 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from transformers import Blip2Config
+
+from helpers import ROOT
 
 from dqe_cir.encoder.checkpoints import ClipBlip2Config, blank_model
 from dqe_cir.core import environment, generator, write_json
@@ -22,7 +23,6 @@ from dqe_cir.methods import Batch
 from dqe_cir.methods.base import parameter_groups
 from dqe_cir.methods.info_nce import InfoNCE
 
-ROOT = Path(__file__).resolve().parent.parent
 QFORMER = dict(vocab_size=30523, use_qformer_text_input=True)  # BERT-base, which is the library's default, and one more word
 TOWERS = {"vit_g": lambda: Blip2Config(qformer_config=QFORMER),
           "vit_l": lambda: ClipBlip2Config(qformer_config=QFORMER, vision_config=dict(

@@ -9,12 +9,13 @@ from nbdev.frontmatter import FrontmatterProc
 from nbdev.process import NBProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+WORKERS = "2"  # processes, of one thread each
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}  # no test waits for a hub
 
 
 def run_notebooks():
     "nbdev_test over nbs/. Returns its exit status and the notebooks it completed."
-    command = [Path(sys.executable).parent / "nbdev_test", "--n_workers", "2", "--do_print", "--timing"]
+    command = [Path(sys.executable).parent / "nbdev_test", "--n_workers", WORKERS, "--do_print", "--timing"]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     ran = set()
     for line in process.stdout:  # two workers write here, so two messages may share a line
@@ -42,7 +43,7 @@ def main():
     if not ran: failures += ["no notebook ran"]
     print(f"notebooks: {len(ran)} ran, {len(notebooks - ran)} skipped", flush=True)
     (ROOT / ".cache").mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "--basetemp", ".cache/pytest-tmp"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", WORKERS, "--dist", "worksteal", "--basetemp", ".cache/pytest-tmp"]
     if subprocess.run(command, cwd=ROOT, env=ENVIRONMENT).returncode: failures += ["pytest"]
     if failures: sys.exit("make test FAILED: " + "; ".join(failures))
 

@@ -4,7 +4,6 @@ import json
 import math
 import random
 import statistics
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +17,6 @@ from dqe_cir.data import load_dataset
 from dqe_cir.trainer import TrainConfig, train_config
 from dqe_cir.trainer.batches import answer_groups
 from dqe_cir.trainer.loop import SMOKE
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,18 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import ROOT
+
 from dqe_cir.retriever import Retriever
 from dqe_cir.retriever.drawn import garments_at_once
 
 pytestmark = pytest.mark.browser
-ROOT = Path(__file__).resolve().parent.parent
 SHOTS = ROOT / ".cache" / "browser"
 FIRST, SECOND = "is red and has long sleeves", "is striped"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers import ROOT
+
 from dqe_cir.core import DataError, write_json
 from dqe_cir.data import SPECS, Triplet, as_rgb, caption_text, join_captions, load_circo, load_cirr, load_dataset
 from dqe_cir.data import load_fashioniq, load_garments, load_hp_fashioniq, make_garments, open_image, sample_banner
@@ -22,8 +23,6 @@ from dqe_cir.data import verify_images
 from dqe_cir.data.captions import random_captions
 from dqe_cir.data.fashioniq import with_shared_answers
 from dqe_cir.data.verify import count_report, main
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def picture(path, size=(12, 16), colour="crimson"):

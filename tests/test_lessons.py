@@ -41,10 +41,10 @@ def test_the_shipped_model_tells_what_it_was_taught(shipped):
 
 
 def test_a_training_query_asked_again_is_its_own_nearest(shipped):
-    "Half precision and all: of fifty training queries each finds itself."
-    train = garments_at_once("train").triplets[:50]
+    "Half precision and all: five training queries, each of another part of the file."
+    train = garments_at_once("train").triplets
     shipped.seen.clear()
-    for t in train[:5]:
+    for t in train[::len(train) // 5 + 1]:
         words = next(text for reference, text, target, _ in shipped.lessons.taught if (reference, target) == (t.reference, t.target))
         lesson = shipped.nearest_lessons(shipped.taught_picture(t.reference), words)[0]
         assert lesson.likeness > 0.99 and lesson.text == words

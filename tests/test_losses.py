@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import normalize
 from torch.testing import assert_close
+
+from helpers import unit
 
 from dqe_cir.core import generator
 from dqe_cir.losses import info_nce, margin, pairwise_kl
@@ -198,9 +199,6 @@ def test_active_says_something_about_every_row(active):
 def reference(golden):
     arrays, values = np.load(golden("losses.npz")), json.loads(golden("losses.json").read_text())["values"]
     return lambda name: ({key.removeprefix(f"{name}/"): torch.from_numpy(arrays[key]) for key in arrays if key.startswith(f"{name}/")}, values[name])
-
-
-def unit(x): return normalize(x, dim=1)
 
 
 def check(reference, name, compute):

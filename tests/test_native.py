@@ -1,7 +1,5 @@
 "The systems on the backbones they were published with: conformance, runs, folders of weights, and what their encoders do to pictures and words."
-import dataclasses
 import math
-import os
 
 import numpy as np
 import pytest
@@ -20,7 +18,6 @@ from dqe_cir.encoder import cache_tokens
 from dqe_cir.evaluator import evaluate, reference_points
 from dqe_cir.methods import METHODS
 from dqe_cir.trainer import check_method
-from dqe_cir.trainer.check import toy_batch
 from dqe_cir.encoder.native.blip import load_blip
 from dqe_cir.encoder.native.clip import load_clip
 from dqe_cir.encoder.native.resnet import Words, load_resnet, random_crops, squash
@@ -39,15 +36,6 @@ def test_is_a_method(name): check_method(METHODS[name].native, method=name, form
 
 
 # ---- runs
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    "A data folder of its own."
-    before, os.environ["DQE_CIR_DATA"] = os.environ.get("DQE_CIR_DATA"), str(tmp_path_factory.mktemp("data"))
-    yield
-    if before is None: del os.environ["DQE_CIR_DATA"]
-    else: os.environ["DQE_CIR_DATA"] = before
-
 
 def run_of(folder, method, until=None, **options):
     "Two smoke epochs, the second after a pause if `until` is 1; the model as it is read back, and its metrics."

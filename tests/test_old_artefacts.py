@@ -9,12 +9,13 @@ import json
 import math
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+
+from helpers import ROOT
 
 from dqe_cir.data import load_dataset
 from dqe_cir.encoder import cache_tokens
@@ -23,7 +24,6 @@ from dqe_cir.methods import METHODS
 from dqe_cir.retriever import Retriever
 from dqe_cir.trainer import build_method, fit, load_run, open_run, train_config, training_set
 
-ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 CLOSE = 1e-4  # relative: another processor adds in another order; the one that wrote the numbers repeats them to the last digit
 

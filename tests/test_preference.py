@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_protocols import Features, Stored, unit
+from helpers import unit
+from test_protocols import Features, Stored
 
 from dqe_cir.core import DataError, generator
 from dqe_cir.data.datasets import complete

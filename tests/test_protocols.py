@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from helpers import unit
+
 from dqe_cir.core import generator
 from dqe_cir.data import CIRDataset, Triplet
 from dqe_cir.evaluator import GalleryScores, PROTOCOLS, Protocol, evaluate, evaluate_scores, protocol_for
@@ -41,7 +43,6 @@ class Features:
     def __getitem__(self, names): return torch.stack([self.of[name] for name in names])
 
 
-def unit(array): return normalize(torch.from_numpy(array).float(), dim=-1)
 def names(array): return [name.decode() for name in array]
 def load(golden, name): return np.load(golden(f"{name}.npz")), json.loads(golden(f"{name}.json").read_text())
 
@@ -247,7 +248,7 @@ def test_circo_submission_removes_the_reference_or_keeps_it():
 
 def test_every_protocol_has_its_own_sentence_and_label():
     rules = {r for name in PROTOCOLS for r in named_protocols(name).values()} | set(PROTOCOLS.values())
-    assert len({(r.dataset, r.sentence(9)) for r in rules}) == len({(r.dataset, r.label()) for r in rules}) == len(rules) == 9
+    assert len({(r.dataset, r.sentence(9)) for r in rules}) == len({(r.dataset, r.label()) for r in rules}) == len(rules) > len(PROTOCOLS)
     assert PROTOCOLS["fashioniq"].sentence(9) == "original split as gallery, by category, reference kept, both captions joined"
 
 

@@ -5,12 +5,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from helpers import ROOT, data_in, papermill
 
 from dqe_cir.core import generator, write_json
 from dqe_cir.data import load_dataset
@@ -21,7 +20,6 @@ from dqe_cir.evaluator import evaluate_preferences
 from dqe_cir.trainer import build_method, evaluation_config, fit, load_run, open_run, train_config
 from dqe_cir.trainer import training_origin, training_set
 
-ROOT = Path(__file__).resolve().parent.parent
 COLOURS = ("crimson", "navy", "olive", "gold", "teal", "purple", "gray", "orange")
 
 
@@ -96,10 +94,7 @@ def home(annotations, tmp_path_factory):
     "A data folder with a few dozen real rows of each set, and all the queries that the servers want."
     folder = tmp_path_factory.mktemp("data")
     lay_out(annotations, folder, 8)
-    before, os.environ["DQE_CIR_DATA"] = os.environ.get("DQE_CIR_DATA"), str(folder)
-    yield folder
-    if before is None: del os.environ["DQE_CIR_DATA"]
-    else: os.environ["DQE_CIR_DATA"] = before
+    with data_in(folder): yield folder
 
 
 @pytest.fixture(scope="module")
@@ -189,12 +184,8 @@ def test_fashioniq_test_is_refused_before_anything_is_loaded(runs):
 
 # ---- the same through the notebooks
 
-def papermill(notebook, out, *parameters):
-    kept = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
-    environment = {**kept, **{name: str(out.parent / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}}
-    words = [str(word) for name, value in parameters for word in ("-p", name, value)]
-    done = subprocess.run([sys.executable, "-m", "papermill", "--no-progress-bar", str(ROOT / "nbs" / notebook), str(out), *words],
-                          cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+def run_notebook(name, out, *parameters):
+    done = papermill(ROOT / "nbs" / name, out, *parameters)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -204,7 +195,7 @@ EVALUATIONS = [("fashioniq", "val", "mgur"), ("fashioniq", "val", "covr"), ("cir
 
 def test_an_evaluation_by_papermill(home, runs, tmp_path):
     "One run trained on FashionIQ writes CIRCO's file: rules and training set are in record and title."
-    papermill("evaluate.ipynb", tmp_path / "out.ipynb", ("run_dir", runs["fashioniq"]), ("dataset", "circo"), ("protocol", "qure"), ("device", "cpu"))
+    run_notebook("evaluate.ipynb", tmp_path / "out.ipynb", ("run_dir", runs["fashioniq"]), ("dataset", "circo"), ("protocol", "qure"), ("device", "cpu"))
     record = read(runs["fashioniq"] / "evaluation-circo-val-kept-a_photo_of_that_caption.json")
     assert (record["trained_on"], record["trained_data"], record["data"], record["dataset"]) == ("fashioniq", "real", "real", "circo")
     assert record["rules"]["prompt"] == "a photo of $ that {caption}" and not record["rules"]["exclude_reference"] and "mAP@5" in record["metrics"]
@@ -218,9 +209,9 @@ def test_everything_by_papermill(annotations, tmp_path, monkeypatch):
     monkeypatch.setenv("DQE_CIR_DATA", str(tmp_path / "data"))
     for trained, evaluations in (("fashioniq", EVALUATIONS), ("cirr", [("fashioniq", "val", "covr"), ("circo", "test", "")])):
         run = tmp_path / trained
-        papermill("train.ipynb", tmp_path / "out.ipynb", ("dataset", trained), ("method", "info_nce"), ("epochs", 1), ("evaluate_every", 0), ("run_dir", run), ("device", "cpu"))
+        run_notebook("train.ipynb", tmp_path / "out.ipynb", ("dataset", trained), ("method", "info_nce"), ("epochs", 1), ("evaluate_every", 0), ("run_dir", run), ("device", "cpu"))
         for dataset, split, preset in evaluations:
-            papermill("evaluate.ipynb", tmp_path / "out.ipynb", ("run_dir", run), ("dataset", dataset), ("split", split), ("protocol", preset), ("device", "cpu"))
+            run_notebook("evaluate.ipynb", tmp_path / "out.ipynb", ("run_dir", run), ("dataset", dataset), ("split", split), ("protocol", preset), ("device", "cpu"))
         records = [read(path) for path in run.glob("evaluation-*.json")]
         assert len(records) == len(evaluations) and {(r["trained_on"], r["trained_data"]) for r in records} == {(trained, "real")}
     for metric in ("recall", "recall_subset"):

@@ -2,14 +2,12 @@
 import ast
 import configparser
 import json
-import os
 import re
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -17,7 +15,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parent.parent
+from helpers import ROOT, papermill, private_environment
+
 RUNNER_NAMES = ("train", "evaluate", "pretrain", "ablate", "search", "leaderboard", "inspect_run")
 PAGE_NAMES = ("evidence", "results")  # pages that read records and export nothing
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
@@ -36,13 +35,6 @@ def code_cells(path):
 
 def exported(cell):
     return re.search(r"^#\s*\|\s*exporti?\b", cell.source, re.M)
-
-
-def private_environment(folder):
-    "Jupyter's and IPython's files go to a temporary folder; IN_TEST would silence nbdev_export."
-    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
-    kept = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
-    return {**kept, **{name: str(folder / name.lower()) for name in names}}
 
 
 # ---- notebooks
@@ -109,12 +101,6 @@ def test_runner_is_stripped_and_exports_nothing(path):
         assert not exported(cell) and "default_exp" not in cell.source
 
 
-def papermill(path, folder, *parameters):
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(path), str(folder / "executed.ipynb"), *parameters]
-    environment = {**private_environment(folder), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
-
-
 @each(RUNNERS)
 def test_known_parameters_arrive_and_unknown_ones_stop_the_run(path, tmp_path):
     "The parameters cell, an echo, and the runner's next cell: -p wins over the default there, and a wrong name is refused."
@@ -125,7 +111,7 @@ def test_known_parameters_arrive_and_unknown_ones_stop_the_run(path, tmp_path):
     name = (name.target if isinstance(name, ast.AnnAssign) else name.targets[0]).id
     notebook.cells = [parameters, nbformat.v4.new_code_cell(f"print({name})"), guard]
     nbformat.write(notebook, tmp_path / "start.ipynb")
-    done = papermill(tmp_path / "start.ipynb", tmp_path, "-p", name, "arrived", "-p", "no_such_parameter", "1")
+    done = papermill(tmp_path / "start.ipynb", tmp_path / "executed.ipynb", (name, "arrived"), ("no_such_parameter", "1"), cwd=tmp_path)
     *_, echo, refused = code_cells(tmp_path / "executed.ipynb")
     assert echo.outputs[0].text == "arrived\n"
     assert done.returncode != 0 and "no_such_parameter" in refused.outputs[-1].evalue

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
+from helpers import unit
+
 from dqe_cir.core import generator
 from dqe_cir.metrics import recall_at_k, subset_ranks
 from dqe_cir.retrieval import best_of_stream, block_shape, ranks, similarity, ties, top_k
@@ -188,7 +190,6 @@ def load(golden, name):
     return np.load(golden(f"{name}.npz")), json.loads(golden(f"{name}.json").read_text())
 
 
-def unit(array): return normalize(torch.from_numpy(array).float(), dim=-1)
 def ids(array): return torch.from_numpy(array).long()
 
 

@@ -2,15 +2,13 @@
 import ast
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+
+from helpers import ROOT, papermill
 
 from dqe_cir.data import load_dataset
 from dqe_cir.encoder import cache_tokens
@@ -20,31 +18,13 @@ from dqe_cir.trainer import TrainConfig, build_method, fit, load_run, open_run, 
 from dqe_cir.trainer.config import options_of, sometimes_read
 from dqe_cir.trainer.loop import SMOKE
 
-ROOT = Path(__file__).resolve().parent.parent
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    "A data folder of its own, without any real data set."
-    folder = tmp_path_factory.mktemp("data")
-    before, os.environ["DQE_CIR_DATA"] = os.environ.get("DQE_CIR_DATA"), str(folder)
-    yield folder
-    if before is None: del os.environ["DQE_CIR_DATA"]
-    else: os.environ["DQE_CIR_DATA"] = before
-
-
-def papermill(out, *parameters):
-    "papermill nbs/train.ipynb OUT -p NAME VALUE ...; Jupyter's own files go beside OUT."
-    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
-    environment = {**{k: v for k, v in os.environ.items() if k != "IN_TEST"}, **{name: str(out.parent / name.lower()) for name in names}}
-    words = [word for name, value in parameters for word in ("-p", name, str(value))]
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(ROOT / "nbs" / "train.ipynb"), str(out), *words]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+def train(out, *parameters): return papermill(ROOT / "nbs" / "train.ipynb", out, *parameters)
 
 
 @pytest.mark.parametrize("dataset, expected", [("fashioniq", {"R@10", "R@50", "mean", "dress R@10"}), ("cirr", {"R@1", "Rs@1", "mean"})])
 def test_an_absent_data_set_is_replaced_by_a_sample_that_says_so(home, tmp_path, dataset, expected):
-    run = papermill(tmp_path / "out.ipynb", ("dataset", dataset), ("size", "smoke"), ("epochs", 1), ("batch_size", 16), ("run_dir", tmp_path / "run"))
+    run = train(tmp_path / "out.ipynb", ("dataset", dataset), ("size", "smoke"), ("epochs", 1), ("batch_size", 16), ("run_dir", tmp_path / "run"))
     assert run.returncode == 0, run.stderr[-2000:]
     record = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (record["dataset"], record["data"]) == (dataset, "sample") and expected <= set(record["metrics"])
@@ -61,7 +41,7 @@ def test_an_absent_data_set_is_replaced_by_a_sample_that_says_so(home, tmp_path,
     ([("dataset", "cirr"), ("data_root", "no/such/folder")], "no/such/folder"),
 ])
 def test_a_wrong_value_stops_the_run_with_one_clear_line(home, tmp_path, parameters, message):
-    run = papermill(tmp_path / "out.ipynb", *parameters)
+    run = train(tmp_path / "out.ipynb", *parameters)
     assert run.returncode != 0
     assert message in run.stderr.strip().splitlines()[-1], run.stderr[-500:]
 

@@ -30,25 +30,53 @@ from dqe_cir.trainer.batches import hold_out, linked
 from dqe_cir.trainer.config import SMALL, options_of, sometimes_read
 from dqe_cir.trainer.loop import tower_aside
 from dqe_cir.trainer.runs import load_run, read_weights, selection, trained_state
-from dqe_cir.trainer.step import Stepper, autocast_dtype, checkpoint_layers, training_step
+from dqe_cir.trainer.step import Stepper, autocast_dtype, training_step
 
 FULL = "some/full-size-encoder"
 
 
 # ---- schedules
 
-@pytest.mark.parametrize("dataset, method, expected", [
-    ("fashioniq", "dqe_cir", dict(epochs=30, lr=5e-6, batch_size=32, head_rate=20.0, warmup_epochs=5, refresh_every=5, refresh_left=3, zone_low=0.005, zone_high=0.05)),
-    ("cirr", "dqe_cir", dict(epochs=50, lr=1e-5, batch_size=32, head_rate=20.0, warmup_epochs=8, refresh_every=8, refresh_left=3, zone_low=0.001, zone_high=0.02)),
-    ("fashioniq", "qure", dict(epochs=30, lr=5e-6, batch_size=32, head_rate=1.0, warmup_epochs=5, refresh_every=5)),
-    ("fashioniq", "sprc", dict(epochs=30, lr=2e-5, batch_size=128)), ("cirr", "sprc", dict(epochs=50, lr=1e-5, batch_size=128)),
-    ("fashioniq", "covr", dict(epochs=6, lr=1e-4, batch_size=512)), ("cirr", "covr", dict(epochs=6, lr=1e-4, batch_size=1024)),
-    ("cirr", "clip4cir", dict(lr=2e-6, batch_size=128)), ("fashioniq", "bi_blip4cir", dict(lr=5e-5, batch_size=128)),
-])
-def test_published_schedules(dataset, method, expected):
-    config = dataclasses.asdict(train_config({"dataset": dataset, "method": method, "encoder": FULL}))
-    assert {name: config[name] for name in expected} == expected
-    assert config["weight_decay"] == 0.05 and config["select_on"] == "val" and config["evaluate_every"] == 1
+def full_size(dataset, method, **values): return train_config({"dataset": dataset, "method": method, "encoder": FULL, **values})
+
+
+@pytest.mark.parametrize("dataset", ["fashioniq", "cirr"])
+@pytest.mark.parametrize("method, rate", [("clip4cir", 2e-5), ("bi_blip4cir", 2e-5), ("cosmo", 2e-4), ("mgur", 2e-4)])
+def test_what_is_new_learns_at_the_rate_its_authors_state(dataset, method, rate):
+    "The combiners of the second stages, and CoSMo's only rate, which MGUR's parts take over: whatever the encoder's own rate is."
+    config = full_size(dataset, method)
+    assert config.lr * config.head_rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("method, epochs", [("clip4cir", 100), ("bi_blip4cir", 20)])
+def test_two_stages_are_parts_of_one_run(method, epochs):
+    "The first has as many epochs as its authors gave it."
+    for dataset in ("fashioniq", "cirr"): assert full_size(dataset, method).epochs * METHODS[method].first_stage == epochs
+
+
+def test_covrs_batches_are_those_of_two_cards():
+    assert [full_size(dataset, "covr").batch_size for dataset in ("fashioniq", "cirr")] == [2 * 256, 2 * 512]
+
+
+@pytest.mark.parametrize("dataset, calendar", [("fashioniq", [5, 10, 15, 20, 25]), ("cirr", [8, 16, 24, 32, 40])])
+def test_dqe_cir_trains_as_qure_does_but_for_its_new_parts(dataset, calendar):
+    "One calendar of refreshes, by QuRe's rule of every sixth of the epochs; neither mines for fewer than three epochs."
+    one, other = (dataclasses.asdict(full_size(dataset, method)) for method in ("dqe_cir", "qure"))
+    differ = {name for name in one if one[name] != other[name]}
+    assert differ == {"method", "negatives", "head_rate"} and other["head_rate"] == 1.0
+    epochs, every, first, left = (one[name] for name in ("epochs", "refresh_every", "warmup_epochs", "refresh_left"))
+    assert [e for e in range(first, epochs, every) if epochs - e >= left] == calendar
+    assert all(e % (epochs // 6) == 0 for e in calendar)
+
+
+@pytest.mark.parametrize("dataset", ["fashioniq", "cirr"])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_what_the_authors_do_not_state_is_the_data_sets(dataset, method):
+    "And a full-size run looks at the validation queries after every epoch and keeps the best."
+    config = dataclasses.asdict(full_size(dataset, method))
+    stated = METHODS[method].published.get(dataset, {})
+    for name, value in SPECS[dataset].training.items(): assert config[name] == stated.get(name, value), name
+    assert config["select_on"] == "val" and config["evaluate_every"] == 1
 
 
 @pytest.mark.parametrize("method", list(METHODS))
@@ -166,15 +194,8 @@ def test_no_reference_and_no_target_is_on_both_sides(links, seed):
     assert 0 < len(held.triplets) <= round(0.1 * len(triplets)) and held.split == "train_holdout"
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    "A data folder of its own, without any real data set."
-    return tmp_path_factory.mktemp("data")
-
-
 @pytest.mark.parametrize("dataset", ["garments", "fashioniq", "cirr"])
-def test_a_tenth_is_set_aside_and_can_be_evaluated(dataset, home, tmp_path, monkeypatch):
-    monkeypatch.setenv("DQE_CIR_DATA", str(home))
+def test_a_tenth_is_set_aside_and_can_be_evaluated(dataset, home, tmp_path):
     train = load_dataset(dataset, split="train", size="smoke")
     config = train_config(dict(dataset=dataset, method="info_nce", size="smoke", select_on="train_holdout", device="cpu", epochs=2, batch_size=24, evaluate_every=1, run_dir=str(tmp_path / "run")))
     method = build_method(config)

@@ -20,9 +20,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
 SEARCH = """
 import importlib.metadata, json
+
+from helpers import ROOT
+
 import dqe_cir
 from dqe_cir.encoder import load_encoder
 from dqe_cir.methods import METHODS

@@ -133,8 +133,8 @@ def lavis_config(state: dict[str, Tensor], *, heads: int, vision_heads: int, ima
                  eps: dict[str, float] = EPS) -> Blip2Config:
     """The library's configuration of a LAVIS state dict; `eps` overrides entries of `EPS`.
 
-    `heads` are the Q-Former's, `image_size` is the side of a picture in pixels. `ValueError` for a number that
-    the tensors rule out, `DataError` for tensors that are missing or of another model."""
+    `heads` are the Q-Former's, `image_size` is the side of a picture in pixels. `ValueError` for a number
+    that the tensors rule out, `DataError` for tensors that are missing or of another model."""
     unknown = sorted(set(eps) - set(EPS))
     if unknown: raise ValueError(f"unknown eps {', '.join(unknown)}; known: {', '.join(EPS)}")
     kind, eps = tower_kind(state), {**EPS, **eps}

@@ -64,13 +64,14 @@ def cache_key(encoder: Blip2Encoder, paths: dict[str, Path]) -> str:
     described = repr((encoder.tower_fingerprint(), listing))
     return hashlib.blake2b(described.encode(), digest_size=10).hexdigest()
 
-# %% ../../nbs/encoder/03_tokens.ipynb #7fc75c6f
+# %% ../../nbs/encoder/03_tokens.ipynb #52f61d5b
 BLOCK = 256  # images per checksum
 
 def checksums(tokens: np.ndarray) -> list[int]:
     "CRC-32 of every `BLOCK` images."
     return [zlib.crc32(tokens[i:i + BLOCK]) for i in range(0, len(tokens), BLOCK)]
 
+# %% ../../nbs/encoder/03_tokens.ipynb #7fc75c6f
 def read_tokens(stem: Path, count: int) -> np.ndarray | None:
     "The memory-mapped tokens (count,P,W), or None unless description, length and every checksum fit."
     data, description = stem.with_suffix(".tokens"), stem.with_suffix(".json")

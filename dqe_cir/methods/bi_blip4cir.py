@@ -22,15 +22,12 @@ from .parts import Combiner, StillImages, read_text
 # %% ../../nbs/methods/45_bi_blip4cir.ipynb #f16374e1
 def freeze_image_side(encoder: Blip2Encoder) -> None:
     "Stop training what a text without an image never passes through."
-    encoder.query_tokens.requires_grad_(False)
-    for part in (encoder.ln_vision, encoder.vision_projection): part.requires_grad_(False)
+    idle = [encoder.ln_vision, encoder.vision_projection]
     for layer in encoder.qformer.encoder.layer:
-        for part in (
-            layer.intermediate_query,
-            layer.output_query,
-            *([layer.crossattention] if layer.has_cross_attention else []),
-        ):
-            part.requires_grad_(False)
+        idle += [layer.intermediate_query, layer.output_query]
+        if layer.has_cross_attention: idle.append(layer.crossattention)
+    encoder.query_tokens.requires_grad_(False)
+    for part in idle: part.requires_grad_(False)
 
 # %% ../../nbs/methods/45_bi_blip4cir.ipynb #e7a60cb2
 class BiBLIP4CIR(Method):
@@ -38,8 +35,8 @@ class BiBLIP4CIR(Method):
     first_stage = 0.5  # share of the training that fine-tunes the text encoder
     # weight of the way back in both stages, as in the authors' program; on other data sets as on FashionIQ
     backward_weights = {"fashioniq": (0.4, 0.5), "cirr": (0.1, 0.1)}
-    # the authors' program: stage one 20 epochs at 5e-5 in batches of 128; its Combiner learns at 2e-5, 0.4 times as fast.
-    # Their stage two has 300 epochs and batches of 512; here both stages are halves of one run
+    # The commands of the authors' README: stage one has 20 epochs at 5e-5 in batches of 128; the Combiner
+    # learns at 2e-5, 0.4 times as fast, for 300 epochs in batches of 512. Here: two halves of one run.
     published = dict.fromkeys(
         ("fashioniq", "cirr"), dict(epochs=40, lr=5e-5, batch_size=128, head_rate=0.4)
     )
@@ -75,6 +72,7 @@ def read(self: BiBLIP4CIR, texts: list[str], prompt: Tensor) -> Tensor:
     states = read_text(self.encoder, *self.encoder.tokenize(texts), prompt)
     return F.normalize(self.encoder.text_projection(states[:, 0]), dim=-1)
 
+# %% ../../nbs/methods/45_bi_blip4cir.ipynb #60c7dc4b
 @patch
 def text_vector(self: BiBLIP4CIR, texts: list[str], way: int) -> Tensor:
     "B texts to vectors (B,D), read forward (0) or backward (1); frozen in the second stage."
@@ -102,17 +100,13 @@ def encode_query(self: BiBLIP4CIR, reference: Tensor, texts: list[str]) -> Tenso
 def losses(self: BiBLIP4CIR, batch: Batch) -> dict[str, Tensor]:
     "`forward` and `backward`, (B,) each."
     self.stage.fill_(1 if batch.progress < self.first_stage else 2)
-    query, target = self.encode_query(batch.reference, batch.texts), self.encode_target(
-        batch.target
-    ).squeeze(1)
-    back = self.compose(
-        target.unsqueeze(0), self.text_vector(batch.texts, 1).unsqueeze(1)
-    )  # (B,B,D): text i, target j
+    query = self.encode_query(batch.reference, batch.texts)
+    target = self.encode_target(batch.target).squeeze(1)
+    text = self.text_vector(batch.texts, 1)
+    back = self.compose(target.unsqueeze(0), text.unsqueeze(1))  # (B,B,D): text i, target j
     reference = self.encode_target(batch.reference).squeeze(1)
-    return {
-        "forward": batch_classification(query, target, batch.group, scale=100),
-        "backward": reversed_info_nce(back, reference, batch.group),
-    }
+    forward = batch_classification(query, target, batch.group, scale=100)
+    return {"forward": forward, "backward": reversed_info_nce(back, reference, batch.group)}
 
 # %% ../../nbs/methods/45_bi_blip4cir.ipynb #007a6757
 class NativeBiBLIP4CIR(BiBLIP4CIR):
@@ -126,6 +120,5 @@ class NativeBiBLIP4CIR(BiBLIP4CIR):
 
     def read(self, texts: list[str], prompt: Tensor) -> Tensor:
         return self.encoder.text_vector(*self.encoder.tokenize(texts), prompt)
-
 
 BiBLIP4CIR.native = NativeBiBLIP4CIR

@@ -21,8 +21,8 @@ from .parts import Combiner
 class CLIP4Cir(Method):
     "Image plus text; then a combiner on frozen encoders."
     first_stage = 0.5  # share of the training that fine-tunes the encoders
-    # the authors' program: stage one 100 epochs at 2e-6 in batches of 128; its Combiner learns at 2e-5, ten times as fast.
-    # Their stage two has 300 epochs and batches of 4,096; here both stages are halves of one run
+    # The commands of the authors' README: stage one has 100 epochs at 2e-6 in batches of 128; the Combiner
+    # learns at 2e-5, ten times as fast, for 300 epochs in batches of 4,096. Here: two halves of one run.
     published = dict.fromkeys(
         ("fashioniq", "cirr"), dict(epochs=200, lr=2e-6, batch_size=128, head_rate=10.0)
     )
@@ -33,31 +33,37 @@ class CLIP4Cir(Method):
         self.combine = Combiner(dimension, 4 * dimension, 8 * dimension)
         self.register_buffer("stage", torch.tensor(1))
 
-    def reading(self): return torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.stage == 1))
-
     def image_vector(self, tokens: Tensor) -> Tensor:
         return self.encoder.encode_target(tokens).mean(1)  # (N,D)
 
     def text_vector(self, texts: list[str]) -> Tensor:
         return self.encoder.encode_text(*self.encoder.tokenize(texts))  # (B,D)
 
-    def encode_target(self, tokens: Tensor) -> Tensor:
-        "(N,P,W) to unit vectors (N,1,D)."
-        with self.reading(): return F.normalize(self.image_vector(tokens), dim=-1).unsqueeze(1)
+# %% ../../nbs/methods/40_clip4cir.ipynb #3ec5bd2b
+@patch
+def reading(self: CLIP4Cir):
+    "A context in which the encoders are trained in the first stage, and frozen in the second."
+    return torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.stage == 1))
 
-    def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
-        "(B,P,W) and B texts to unit queries (B,D), in the way of the stage."
-        with self.reading(): image, text = self.image_vector(reference), self.text_vector(texts)
-        return self.combine(text, image) if self.stage == 2 else F.normalize(image + text, dim=-1)
+# %% ../../nbs/methods/40_clip4cir.ipynb #db6102fc
+@patch
+def encode_target(self: CLIP4Cir, tokens: Tensor) -> Tensor:
+    "(N,P,W) to unit vectors (N,1,D)."
+    with self.reading(): return F.normalize(self.image_vector(tokens), dim=-1).unsqueeze(1)
+
+@patch
+def encode_query(self: CLIP4Cir, reference: Tensor, texts: list[str]) -> Tensor:
+    "(B,P,W) and B texts to unit queries (B,D), in the way of the stage."
+    with self.reading(): image, text = self.image_vector(reference), self.text_vector(texts)
+    return self.combine(text, image) if self.stage == 2 else F.normalize(image + text, dim=-1)
 
 # %% ../../nbs/methods/40_clip4cir.ipynb #6df1d34e
 @patch
 def losses(self: CLIP4Cir, batch: Batch) -> dict[str, Tensor]:
     "One term, `batch_classification` (B,); the progress of the training says which stage it is."
     self.stage.fill_(1 if batch.progress < self.first_stage else 2)
-    query, target = self.encode_query(batch.reference, batch.texts), self.encode_target(
-        batch.target
-    ).squeeze(1)
+    query = self.encode_query(batch.reference, batch.texts)
+    target = self.encode_target(batch.target).squeeze(1)
     return {"batch_classification": batch_classification(query, target, batch.group, scale=100)}
 
 # %% ../../nbs/methods/40_clip4cir.ipynb #b3a95092
@@ -69,6 +75,5 @@ class NativeCLIP4Cir(CLIP4Cir):
 
     def text_vector(self, texts: list[str]) -> Tensor:
         return self.encoder.text_vector(*self.encoder.tokenize(texts))
-
 
 CLIP4Cir.native = NativeCLIP4Cir

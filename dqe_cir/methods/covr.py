@@ -38,33 +38,37 @@ class CoVR(Method):
 
     def encode_target(self, tokens: Tensor) -> Tensor: return self.images(tokens)  # (N,T,D)
 
-    def composed(self, reference: Tensor, texts: list[str]) -> Tensor:
-        "Queries (B,D) as the loss sees them: means of unit vectors, shorter than 1."
-        fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
-        return F.normalize(self.encoder.text_projection(fused), dim=-1).mean(1)
+# %% ../../nbs/methods/50_covr.ipynb #0362cda9
+@patch
+def composed(self: CoVR, reference: Tensor, texts: list[str]) -> Tensor:
+    "Queries (B,D) as the loss sees them: means of unit vectors, shorter than 1."
+    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
+    return F.normalize(self.encoder.text_projection(fused), dim=-1).mean(1)
 
-    def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
-        return F.normalize(self.composed(reference, texts), dim=-1)
+@patch
+def encode_query(self: CoVR, reference: Tensor, texts: list[str]) -> Tensor:
+    "(B,P,W) and B texts to unit queries (B,D)."
+    return F.normalize(self.composed(reference, texts), dim=-1)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        "One term, `hn_nce` (B,)."
-        return {
-            "hn_nce": hn_nce(
-                self.composed(batch.reference, batch.texts),
-                self.encode_target(batch.target).mean(1),
-                group=batch.group,
-            )
-        }
+# %% ../../nbs/methods/50_covr.ipynb #9a88ac7b
+@patch
+def losses(self: CoVR, batch: Batch) -> dict[str, Tensor]:
+    "One term, `hn_nce` (B,)."
+    query = self.composed(batch.reference, batch.texts)
+    target = self.encode_target(batch.target).mean(1)
+    return {"hn_nce": hn_nce(query, target, group=batch.group)}
 
 # %% ../../nbs/methods/50_covr.ipynb #97a32d7e
 @patch
 def query_text(self: CoVR, triplet: Triplet) -> str:
     "`first and second`, cleaned, at most 30 words."
-    return clean_caption(" and ".join(caption for caption in triplet.captions if stripped(caption)), words=30)
+    said = [caption for caption in triplet.captions if stripped(caption)]
+    return clean_caption(" and ".join(said), words=30)
 
-
+# %% ../../nbs/methods/50_covr.ipynb #a01d4f0e
 @patch
 def training_text(self: CoVR, triplet: Triplet, generator: torch.Generator) -> str:
+    "The same in training."
     return self.query_text(triplet)
 
 # %% ../../nbs/methods/50_covr.ipynb #a1a06fa6
@@ -77,13 +81,9 @@ class NativeCoVR(Method):
         "(B,P,W) and B texts to unit queries (B,D)."
         return F.normalize(self.encoder.fused_vector(reference, *self.encoder.tokenize(texts)), dim=-1)
 
-# %% ../../nbs/methods/50_covr.ipynb #8c1af0a7
-@patch
-def losses(self: NativeCoVR, batch: Batch) -> dict[str, Tensor]:
-    "One term, `hn_nce` (B,)."
-    query, target = self.encode_query(batch.reference, batch.texts), self.encode_target(
-        batch.target
-    ).squeeze(1)
-    return {"hn_nce": hn_nce(query, target, group=batch.group)}
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        "One term, `hn_nce` (B,)."
+        query = self.encode_query(batch.reference, batch.texts)
+        return {"hn_nce": hn_nce(query, self.encode_target(batch.target).squeeze(1), group=batch.group)}
 
 CoVR.native = NativeCoVR

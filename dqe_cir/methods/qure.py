@@ -31,12 +31,15 @@ class QuRe(Method, LearnedTemperature):
         self.start_temperature(encoder.temperature)
 
     def training_text(self, triplet, generator) -> str:
-        return self.query_text(triplet)  # both captions, always in the same order
+        "Both captions, always in the same order."
+        return self.query_text(triplet)
 
-    def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
-        "(B,P,W) and B texts to unit queries (B,D)."
-        fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
-        return F.normalize(self.encoder.text_projection(fused).mean(1), dim=-1)
+# %% ../../nbs/methods/70_qure.ipynb #9b82a464
+@patch
+def encode_query(self: QuRe, reference: Tensor, texts: list[str]) -> Tensor:
+    "(B,P,W) and B texts to unit queries (B,D)."
+    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
+    return F.normalize(self.encoder.text_projection(fused).mean(1), dim=-1)
 
 # %% ../../nbs/methods/70_qure.ipynb #0f8acc4d
 def next_other(group: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,20 +51,21 @@ def next_other(group: Tensor) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/methods/70_qure.ipynb #16ef2bbe
 @patch
-def losses(self: QuRe, batch: Batch) -> dict[str, Tensor]:
-    "One term, `preference` (B,): target against the batch's negatives or, while there are none, against another row's target."
-    query, target = self.encode_query(batch.reference, batch.texts), self.encode_target(batch.target)
+def negatives_of(self: QuRe, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
+    "Embeddings (B,K,T,D) of each row's negatives, and which rows (B,) have any; `target` (B,T,D) lends some."
     if batch.negative is None:
         row, exists = next_other(batch.group)
-        negative = target[row].unsqueeze(1)
-    else:
-        negative, exists = (
-            self.encode_target(batch.negative.flatten(0, 1)).unflatten(0, batch.negative.shape[:2]),
-            None,
-        )
-    better, worse = (
-        products("bd,bktd->bkt", query, images).amax(-1)
-        for images in (target.unsqueeze(1), negative)
-    )
+        return target[row].unsqueeze(1), exists
+    embedded = self.encode_target(batch.negative.flatten(0, 1))
+    return embedded.unflatten(0, batch.negative.shape[:2]), torch.ones_like(batch.group, dtype=torch.bool)
+
+# %% ../../nbs/methods/70_qure.ipynb #1213b44e
+@patch
+def losses(self: QuRe, batch: Batch) -> dict[str, Tensor]:
+    "One term, `preference` (B,): the target against the row's negatives; 0 where a row has none."
+    query, target = self.encode_query(batch.reference, batch.texts), self.encode_target(batch.target)
+    negative, exists = self.negatives_of(batch, target)
+    better = products("bd,bktd->bkt", query, target.unsqueeze(1)).amax(-1)
+    worse = products("bd,bktd->bkt", query, negative).amax(-1)
     loss = pairwise_kl(better[:, 0] / self.temperature, worse / self.temperature)
-    return {"preference": loss if exists is None else torch.where(exists, loss, 0.0)}
+    return {"preference": torch.where(exists, loss, 0.0)}

@@ -19,9 +19,9 @@ from .parts import LearnedTemperature, read_text
 # %% ../../nbs/methods/60_sprc.ipynb #9e49751c
 class SPRC(Method, LearnedTemperature):
     "The image as prompts of a sentence that the request continues; the sentence is the query."
-    # weight of the second and third term in the authors' program, whose flags are not read on FashionIQ; elsewhere 1
-    auxiliary = {"fashioniq": 1.0, "cirr": 0.4}
-    published = {  # the training settings of the authors' program
+    # weight of the second and third term in the authors' program, whose flags are not read on FashionIQ
+    auxiliary = {"fashioniq": 1.0, "cirr": 0.4}  # elsewhere 1
+    published = {  # the command of the authors' README
         "fashioniq": dict(epochs=30, lr=2e-5, batch_size=128),
         "cirr": dict(epochs=50, lr=1e-5, batch_size=128),
     }
@@ -32,11 +32,17 @@ class SPRC(Method, LearnedTemperature):
         self.prompts = nn.Parameter(0.02 * torch.randn_like(encoder.query_tokens[0]))
         self.start_temperature(encoder.temperature)
 
-    @classmethod
-    def from_config(cls, encoder, config): return cls(encoder, cls.auxiliary.get(config.dataset, 1.0))
+# %% ../../nbs/methods/60_sprc.ipynb #91515606
+@patch(cls_method=True)
+def from_config(cls: SPRC, encoder: Blip2Encoder, config) -> SPRC:
+    "With the weights that the authors' program has for the run's data set."
+    return cls(encoder, cls.auxiliary.get(config.dataset, 1.0))
 
-    def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
-        return self.sentence(reference, *self.encoder.tokenize(texts))[0]
+# %% ../../nbs/methods/60_sprc.ipynb #cc3467cf
+@patch
+def encode_query(self: SPRC, reference: Tensor, texts: list[str]) -> Tensor:
+    "(B,P,W) and B texts to unit queries (B,D)."
+    return self.sentence(reference, *self.encoder.tokenize(texts))[0]
 
 # %% ../../nbs/methods/60_sprc.ipynb #2aecda51
 @patch
@@ -47,22 +53,29 @@ def sentence(
     prompts, _ = self.encoder.fuse(reference, input_ids, attention_mask)
     count = prompts.shape[1]
     sequence = self.encoder.embeddings(input_ids=input_ids, query_embeds=prompts)
-    states = self.encoder.qformer(
-        query_embeds=sequence,
-        query_length=0,
-        attention_mask=F.pad(attention_mask, (count, 0), value=1),
-    ).last_hidden_state
-    return F.normalize(self.encoder.text_projection(states[:, count]), dim=-1), prompts
+    mask = F.pad(attention_mask, (count, 0), value=1)
+    read = self.encoder.qformer(query_embeds=sequence, query_length=0, attention_mask=mask)
+    state = read.last_hidden_state[:, count]  # above CLS
+    return F.normalize(self.encoder.text_projection(state), dim=-1), prompts
 
 # %% ../../nbs/methods/60_sprc.ipynb #2ae3090a
 @patch
+def imagined(self: SPRC, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    "Unit queries (B,D) of the words (B,L) and the learned prompts, without any picture."
+    state = read_text(self.encoder, input_ids, attention_mask, self.prompts)[:, 0]
+    return F.normalize(self.encoder.text_projection(state), dim=-1)
+
+# %% ../../nbs/methods/60_sprc.ipynb #31f0f1a4
+@patch
 def losses(self: SPRC, batch: Batch) -> dict[str, Tensor]:
-    "`contrastive` of the query, `text_only` of the learned prompts, `alignment` of the image's prompts with them; (B,) each."
+    """`contrastive` of the query, `text_only` of the learned prompts, `alignment` of the image's prompts with
+    them; (B,) each."""
     words, target = self.encoder.tokenize(batch.texts), self.encode_target(batch.target)
     query, prompts = self.sentence(batch.reference, *words)
-    imagined = F.normalize(
-        self.encoder.text_projection(read_text(self.encoder, *words, self.prompts)[:, 0]), dim=-1
-    )
-    contrast = lambda query: info_nce(self.score(query, target) / self.temperature, batch.group)
-    apart = (prompts.mean(1) - self.prompts.detach().mean(0)).square().mean(-1)
-    return {"contrastive": contrast(query), "text_only": contrast(imagined), "alignment": apart}
+    blind = self.imagined(*words)
+    terms = {
+        name: info_nce(self.score(asked, target) / self.temperature, batch.group)
+        for name, asked in (("contrastive", query), ("text_only", blind))
+    }
+    apart = prompts.mean(1) - self.prompts.detach().mean(0)
+    return {**terms, "alignment": apart.square().mean(-1)}

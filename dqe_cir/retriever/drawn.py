@@ -57,10 +57,10 @@ class DrawnOnDemand(Mapping):
 @patch
 def draw(self: DrawnOnDemand, name: str, path: Path) -> None:
     "Draw one garment into a file."
-    with replacing(path) as part:
-        picture = part.with_suffix(".png")  # Pillow goes by the ending
+    with replacing(path) as fresh:
+        picture = fresh.with_suffix(".png")  # Pillow goes by the ending
         render((str(picture), tuple(asdict(self.garments[name]).values()), name, 0))
-        picture.replace(part)
+        picture.replace(fresh)
 
 # %% ../../nbs/retriever/03_drawn.ipynb #6f46036b
 def write_texts(folder: Path, size: str) -> None:

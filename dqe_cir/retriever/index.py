@@ -21,13 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core import DataError, checkout, replacing, write_json
+from ..core import DataError, replacing, write_json
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS
 from ..data.pictures import PICTURE_SUFFIXES, open_image
 from ..encoder.blip2 import MINI
 from .drawn import DrawnOnDemand
-from ..trainer.runs import load_run, trained_state
+from ..trainer.runs import finished_runs, load_run, runs_folder, trained_state
 
 # %% ../../nbs/retriever/04_index.ipynb #a39aa864
 CALLED_PICTURES = {*PICTURE_SUFFIXES, ".jpe", ".jfif", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
@@ -92,8 +92,8 @@ SHIPPED = MINI.parent / "garments"
 # %% ../../nbs/retriever/04_index.ipynb #66b3b5b0
 def newest_run() -> Path | None:
     "The folder of the run under `runs/` that finished last."
-    finished = list(((checkout() or Path.cwd()) / "runs").glob("*/model.safetensors"))
-    return max(finished, key=lambda path: path.stat().st_mtime).parent if finished else None
+    finished = finished_runs(runs_folder())
+    return finished[-1] if finished else None
 
 # %% ../../nbs/retriever/04_index.ipynb #6e870dd4
 def model_folder(source: str | Path = "") -> Path:
@@ -319,8 +319,8 @@ def write_index(self: Retriever, folder: Path | str) -> None:
     if not isinstance(self.files, DrawnOnDemand):
         about["root"] = str(self.root)
         about["files"] = [os.path.relpath(self.files[name], self.root) for name in self.ids]
-    with replacing(folder / "index.safetensors") as part:
-        save_file({"embeddings": self.embeddings.half().contiguous()}, part, {"keys": digest_of(self.keys)})
+    with replacing(folder / "index.safetensors") as fresh:
+        save_file({"embeddings": self.embeddings.half().contiguous()}, fresh, {"keys": digest_of(self.keys)})
     write_json(folder / "index.json", about)
 
 # %% ../../nbs/retriever/04_index.ipynb #041caea3

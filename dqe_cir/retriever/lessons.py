@@ -94,10 +94,10 @@ def write_lessons(lessons: Lessons, folder: Path | str) -> None:
     folder = Path(folder)
     ids, rows = numbered(lessons.taught)
     about = {"ids": ids, "rows": rows, "texts": [text for _, text, *_ in lessons.taught]}
-    with replacing(folder / VECTORS) as part:
-        save_file({"queries": lessons.queries.half().contiguous()}, part)
-    with replacing(folder / ROWS) as part:
-        part.write_text(json.dumps(about, separators=(",", ":")))
+    with replacing(folder / VECTORS) as fresh:
+        save_file({"queries": lessons.queries.half().contiguous()}, fresh)
+    with replacing(folder / ROWS) as fresh:
+        fresh.write_text(json.dumps(about, separators=(",", ":")))
 
 # %% ../../nbs/retriever/02_lessons.ipynb #4fd4775d
 def read_lessons(folder: Path | str) -> Lessons | None:

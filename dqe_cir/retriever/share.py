@@ -98,7 +98,7 @@ def save(self: Retriever, folder: Path | str) -> Path:
         raise ValueError(f"{folder} holds other things: choose a new folder")
     lessons = self.lessons  # before its files go
     about = {"method": self.config.method, "encoder": self.config.encoder}
-    with replacing(folder / "model.safetensors") as part: save_file(trained_state(self.method), part, about)
+    with replacing(folder / "model.safetensors") as fresh: save_file(trained_state(self.method), fresh, about)
     write_json(folder / "config.json", asdict(replace(self.config, run_dir="", data_root="", device="auto")))
     if self.record: write_json(folder / "results.json", self.record)
     for name in ("index.json", "index.safetensors", ROWS, VECTORS): (folder / name).unlink(missing_ok=True)

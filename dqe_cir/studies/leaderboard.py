@@ -6,7 +6,7 @@
 __all__ = ['COSTS', 'SMALL', 'NOT_RUN', 'LeaderboardConfig', 'check_factors', 'leaderboard_config', 'config_of', 'search_jobs',
            'search_table', 'best_rates', 'at_the_edge', 'chosen_rates', 'compare_jobs', 'headline', 'ordered', 'cost',
            'leaderboard_row', 'leaderboard_table', 'compute_figure', 'first_place', 'reading', 'small_leaderboard',
-           'search_report', 'leaderboard_report', 'differences']
+           'search_report', 'leaderboard_report', 'differences', 'differences_figure']
 
 # %% ../../nbs/studies/02_leaderboard.ipynb #a26d50d7
 import dataclasses, json, statistics, tempfile
@@ -18,7 +18,7 @@ from IPython.display import Markdown
 from ..core import checked
 from ..data.datasets import SPECS
 from ..methods.zoo import METHODS
-from ..show.figures import point_figure, text_table
+from ..show.figures import interval_figure, point_figure, text_table
 from .ablation import Job, StudyConfig, at_home, finding, outcome, paired, passed_on
 from .ablation import shared_seeds, study_jobs, summary_table, values_of
 from ..trainer.config import TrainConfig, train_config
@@ -271,3 +271,9 @@ def differences(record: dict, baseline: str = "info_nce") -> dict[str, tuple[flo
     measure, runs = headline(record), record["runs"]
     return {name: paired(runs, name, baseline, measure)[:2] for name in ordered(record)
             if name != baseline and len(shared_seeds(runs, name, baseline, measure)) > 1}
+
+# %% ../../nbs/studies/02_leaderboard.ipynb #cc33786b
+def differences_figure(record: dict, baseline: str = "info_nce") -> go.Figure:
+    "`differences` as points with their intervals."
+    title = f"Methods against {baseline}, with 95 % intervals"
+    return interval_figure(differences(record, baseline), title, f"points of {headline(record)}")
