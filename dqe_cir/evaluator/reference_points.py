@@ -22,7 +22,6 @@ class ImageOnly(Method):
         "Reference tokens (B,P,W) to unit queries (B,D); the texts are not read."
         return F.normalize(self.encode_target(reference).mean(1), dim=-1)
 
-# %% ../../nbs/evaluator/03_reference_points.ipynb #dcaa1ea6
 class TextOnly(Method):
     "The text's embedding as query."
     def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
