@@ -98,7 +98,7 @@ def newest_run() -> Path | None:
 # %% ../../nbs/retriever/04_index.ipynb #6e870dd4
 def model_folder(source: str | Path = "") -> Path:
     "The folder of a model: for an empty source the newest run, else the shipped model; for `garments` that."
-    if source == "garments" and not Path(source).exists(): return SHIPPED
+    if source == SHIPPED.name and not Path(source).exists(): return SHIPPED
     return Path(source) if source else newest_run() or SHIPPED
 
 # %% ../../nbs/retriever/04_index.ipynb #4ee02f01
