@@ -5,6 +5,7 @@
 import importlib
 import importlib.abc
 import importlib.machinery
+import inspect
 import sys
 import warnings
 
@@ -41,8 +42,9 @@ def old_name(package: str, name: str):
     if not name.startswith("__"):
         for part in PACKAGES[package]:
             module = importlib.import_module(f"dqe_cir.{package}.{part}")
-            if name in vars(module):
-                warn(f"dqe_cir.{package}.{name}", f"{module.__name__}.{name}")
+            home = getattr(vars(module).get(name), "__module__", None) or module.__name__
+            if home.startswith("dqe_cir") and name in vars(module) and not inspect.ismodule(vars(module)[name]):
+                warn(f"dqe_cir.{package}.{name}", f"{home}.{name}")
                 return vars(module)[name]
     raise AttributeError(f"module 'dqe_cir.{package}' has no attribute {name!r}")
 
@@ -64,6 +66,11 @@ class OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         for part in parts:
             found = vars(importlib.import_module(f"dqe_cir.{part}"))
             vars(module).update({name: value for name, value in found.items() if not name.startswith("__")})
+
+    def get_code(self, name):
+        "What `python -m dqe_cir.checkpoints` runs: the command of the package that the module moved into."
+        package = MODULES[name.removeprefix("dqe_cir.")][0].split(".")[0]
+        return compile(f"import runpy; runpy.run_module('dqe_cir.{package}', run_name='__main__')", name, "exec")
 
 
 if not any(isinstance(finder, OldModules) for finder in sys.meta_path):

@@ -99,8 +99,7 @@ def test_a_module_imports_only_rooms_below(module):
 def test_a_module_names_the_page_it_needs(module):
     "Inside the package nobody goes through a table of contents: that is for people outside, and would close circles."
     through = MODULES[module] & {name for name in CONTENTS if name}
-    allowed = {"methods", "data"} if room(module) in ("trainer", "studies") else set()
-    assert through <= allowed, f"{module} imports the package {sorted(through - allowed)}: name the module"
+    assert not through, f"{module} imports the package {sorted(through)}: name the module"
 
 
 def test_no_import_closes_a_circle():

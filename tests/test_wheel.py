@@ -20,10 +20,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
 
+from helpers import ROOT
+
 SEARCH = """
 import importlib.metadata, json
-
-from helpers import ROOT
 
 import dqe_cir
 from dqe_cir.encoder import load_encoder

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'SMALL_BOUNDS', 'MINING', 'LOWEST', 'HIGHEST', 'PairOptions', 'TrainConfig', 'form_of', 'options_of',
-           'sometimes_read', 'presets', 'schedule_of', 'choices', 'check_choices', 'check_read', 'check_ranges',
-           'train_config']
+           'sometimes_read', 'presets', 'schedule_of', 'choices', 'check_choices', 'given', 'check_read',
+           'check_ranges', 'train_config']
 
 # %% ../../nbs/trainer/02_config.ipynb #b2338fb1
 import dataclasses, math
@@ -18,7 +18,7 @@ from ..encoder.blip2 import DTYPES, encoder_size
 from ..methods.base import Method
 from ..methods.zoo import METHODS
 from ..sampler import ZONES
-from .mining import MiningOptions, SAMPLERS, check_mining
+from .mining import MiningOptions, SAMPLERS, check_mining, unread_options
 
 # %% ../../nbs/trainer/02_config.ipynb #19f0063d
 SMALL = dict(epochs=16, lr=2e-3, batch_size=64, head_rate=1.0, label_smoothing=0.2, aligned=True,
@@ -116,7 +116,7 @@ def choices(config: TrainConfig) -> dict[str, tuple[str, ...]]:
     return {"dataset": trainable, "method": tuple(METHODS), "form": ("shared", "native"),
             "size": ("full", "smoke"), "precision": tuple(DTYPES), "evaluate_on": spec.held_out,
             "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "attribute_mode": MODES,
-            "attribute_negatives": ("shared", "own") if spec.drawn else ("shared",),
+            "attribute_negatives": ("shared", "own"),
             "soft_labels": ("even", "target"), "annotators": ("even", "uneven") if spec.drawn else ("even",),
             "select_on": ("last", "val", "train_holdout")}
 
@@ -128,16 +128,23 @@ def check_choices(config: TrainConfig) -> None:
             raise ValueError(f"unknown {name} {getattr(config, name)!r}; choose one of {', '.join(allowed)}")
 
 # %% ../../nbs/trainer/02_config.ipynb #5b0ab3c9
+def given(config: TrainConfig) -> dict:
+    "The parameters that somebody gave: those that differ from their defaults."
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
+    return {field.name: values[field.name] for field in dataclasses.fields(TrainConfig)
+            if values[field.name] not in (None, field.default)}
+
 def check_read(config: TrainConfig, schedule: dict) -> None:
-    "Raise `ValueError` for a parameter that was given and that the chosen method would not look at."
-    reads = options_of(form_of(config))
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-    for name in sorted(sometimes_read() - reads):
-        value = getattr(config, name)
-        if value in (None, defaults[name], schedule.get(name)): continue
-        readers = ", ".join(other for other, method in METHODS.items() if name in options_of(method))
-        raise ValueError(f"{name}={value} is not read by method {config.method}: leave it out, "
-                         f"or choose a method that reads it ({readers})")
+    "Raise `ValueError` for a parameter that was given and that nothing in this run would look at."
+    reads, negatives = options_of(form_of(config)), config.negatives or schedule["negatives"]
+    for name, value in given(config).items():
+        if name in sometimes_read() - reads:
+            readers = ", ".join(other for other, method in METHODS.items() if name in options_of(method))
+            raise ValueError(f"{name}={value} is not read by method {config.method}: leave it out, "
+                             f"or choose a method that reads it ({readers})")
+        if name in unread_options(negatives):
+            raise ValueError(f"{name}={value} is not read with negatives={negatives}: leave it out, "
+                             "or choose negatives that read it")
 
 # %% ../../nbs/trainer/02_config.ipynb #6b971aa6
 LOWEST = dict(epochs=1, batch_size=2, accumulate=1, lr=0, head_rate=0, label_smoothing=0, weight_decay=0,
