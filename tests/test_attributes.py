@@ -178,3 +178,12 @@ def test_an_overlay_reddens_what_has_more_than_its_share():
     red = overlay(grey, grid)
     assert red.getpixel((20, 12))[0] > 200 > red.getpixel((20, 12))[1] and red.getpixel((2, 30)) == (128, 128, 128)
     assert overlay(grey, torch.full((4, 4), 1 / 16)).tobytes() == grey.tobytes()
+
+
+@pytest.mark.parametrize("name, files, count, silent", [("cirr", "cap.rc2.val.json", 4181, 61),
+                                                        ("fashioniq", "cap.*.train.json", 18000, 4)])
+def test_share_of_requests_without_a_word_of_either_attribute(annotations, name, files, count, silent):
+    rows = [row for path in (annotations(name) / "captions").glob(files) for row in json.loads(path.read_text())]
+    texts = [row["caption"] if "caption" in row else " and ".join(row["captions"]) for row in rows]
+    spoken = speaks_of(texts, "colour") | speaks_of(texts, "shape")
+    assert len(texts) == count and round(100 * (~spoken).double().mean().item()) == silent
