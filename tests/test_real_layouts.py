@@ -103,7 +103,7 @@ def runs(home, tmp_path_factory):
     finished = {}
     for dataset, method in (("fashioniq", "dqe_cir"), ("cirr", "info_nce")):
         folder = tmp_path_factory.mktemp(dataset)
-        run = open_run(train_config({"dataset": dataset, "method": method, "epochs": 1, "batch_size": 8, "warmup_epochs": 0, "run_dir": str(folder), "device": "cpu", "select_on": "last"}))
+        run = open_run(train_config({"dataset": dataset, "method": method, "epochs": 1, "batch_size": 8, "run_dir": str(folder), "device": "cpu", "select_on": "last"}))
         train, val = (load_dataset(dataset, split=split) for split in ("train", "val"))
         model = build_method(run.config)
         tokens = cache_tokens(model.encoder, [train, val], progress=False)

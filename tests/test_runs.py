@@ -47,7 +47,7 @@ def test_a_wrong_value_stops_the_run_with_one_clear_line(home, tmp_path, paramet
 
 
 def trained(folder, seed, method="info_nce"):
-    run = open_run(train_config({**SMOKE, "seed": seed, "method": method, "warmup_epochs": 1, "run_dir": str(folder), "device": "cpu"}))
+    run = open_run(train_config({**SMOKE, "seed": seed, "method": method, "run_dir": str(folder), "device": "cpu"}))
     train, val = (load_dataset("garments", split=split, size="smoke") for split in ("train", "val"))
     model = build_method(run.config)
     tokens = cache_tokens(model.encoder, [train, val], progress=False)

@@ -112,6 +112,7 @@ def test_a_parameter_that_the_method_does_not_read_is_refused_in_one_line(method
     for name, value in READ_SOMETIMES.items():
         values = {"method": method, name: value}
         if name == "mined_columns": values["contrastive_weight"] = 1.0
+        if name.startswith("zone") and METHODS[method].uses_negatives: values["negatives"] = "trns"
         if name in options_of(METHODS[method]):
             assert getattr(train_config(values), name) == value
             continue

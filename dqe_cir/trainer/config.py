@@ -130,15 +130,15 @@ def check_choices(config: TrainConfig) -> None:
 # %% ../../nbs/trainer/02_config.ipynb #5b0ab3c9
 def given(config: TrainConfig) -> dict:
     "The parameters that somebody gave: those that differ from their defaults."
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
-    return {field.name: values[field.name] for field in dataclasses.fields(TrainConfig)
-            if values[field.name] not in (None, field.default)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    values = dataclasses.asdict(config)
+    return {name: value for name, value in values.items() if value not in (None, defaults[name])}
 
-def check_read(config: TrainConfig, schedule: dict) -> None:
+def check_read(config: TrainConfig, negatives: str) -> None:
     "Raise `ValueError` for a parameter that was given and that nothing in this run would look at."
-    reads, negatives = options_of(form_of(config)), config.negatives or schedule["negatives"]
+    ignored = sometimes_read() - options_of(form_of(config))
     for name, value in given(config).items():
-        if name in sometimes_read() - reads:
+        if name in ignored:
             readers = ", ".join(other for other, method in METHODS.items() if name in options_of(method))
             raise ValueError(f"{name}={value} is not read by method {config.method}: leave it out, "
                              f"or choose a method that reads it ({readers})")
@@ -174,7 +174,7 @@ def train_config(values: dict) -> TrainConfig:
     config = checked(TrainConfig, values)
     check_choices(config)
     schedule = schedule_of(config)
-    check_read(config, schedule)
+    check_read(config, config.negatives or schedule["negatives"])
     missing = {name: value for name, value in schedule.items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **missing)
     check_ranges(config)
