@@ -44,7 +44,6 @@ def committed(*parts: str) -> Path:
     "A path below `data/` of the checkout."
     return at_home("data").joinpath(*parts)
 
-# %% ../../nbs/studies/03_tables.ipynb #ff65f196
 def read_figures(path: Path | str | None = None) -> list[dict]:
     """The lines of `data/paper_tables.csv`, `value` as a float in percent; `DataError` names a line that is
     incomplete."""
@@ -109,7 +108,6 @@ def is_study(record: dict) -> bool:
     "Is it a record of many runs under several conditions?"
     return isinstance(record.get("conditions"), dict) and isinstance(record.get("runs"), list)
 
-# %% ../../nbs/studies/03_tables.ipynb #e0269293
 def why_no_result(record: dict) -> str:
     "Why a record holds no result on a test split; empty if it does."
     if record.get("split") in ("train", "dev"): return f"split: {record['split']}, not a test split"
