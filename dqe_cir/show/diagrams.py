@@ -130,6 +130,7 @@ def flow_figure(boxes: dict[str, Box], arrows: list[tuple]) -> SVG:
     drawn += legend([kind for kind in KINDS if any(box.kind == kind for box in boxes.values())], height - 14)
     page = f'<rect width="{width}" height="{height}" fill="#fff"/><style>{STYLE}</style><defs>{TIP}</defs>'
     size = f'class="flow" width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    size += ' style="max-width:100%;height:auto"'  # it shrinks with the page
     return SVG(f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{page}{"".join(drawn)}</svg>')
 
 # %% ../../nbs/show/03_diagrams.ipynb #df91c574
