@@ -58,12 +58,10 @@ def px(width: int | None = None, height: int | None = None, **more) -> w.Layout:
     size = {name: f"{value}px" for name, value in (("width", width), ("height", height)) if value}
     return w.Layout(**size, **more)
 
-# %% ../../nbs/retriever/09_page.ipynb #b5ce8ad8
 def picture_box(layout: w.Layout) -> w.Image:
     "A place for a picture, blank at first."
     return w.Image(value=png(BLANK), format="png", layout=layout)
 
-# %% ../../nbs/retriever/09_page.ipynb #96cf2400
 def small_button(text: str, tip: str, width: int) -> w.Button:
     "A button below a result; it cannot be pressed while there is none."
     layout = px(width, 26, margin="0 2px 0 0", padding="0")
@@ -188,7 +186,6 @@ def say(self: SearchPage, text: str, bad: bool = False) -> None:
     "Tell something in the status line."
     self.status.value = f'<span class="bad">{escape(text)}</span>' if bad else escape(text)
 
-# %% ../../nbs/retriever/09_page.ipynb #60c258cc
 @patch
 def guarded(self: SearchPage, action):
     "A handler that runs `action`, unless the page itself is changing things, and tells what goes wrong."
@@ -270,7 +267,6 @@ def pick_gallery(self: SearchPage, name: str) -> None:
     if name == OWN: self.say("write the path of a folder of pictures, then Enter")
     else: self.open(name)
 
-# %% ../../nbs/retriever/09_page.ipynb #a049ee90
 @patch
 def pick_folder(self: SearchPage, path: str) -> None:
     "Open a folder of one's own."
@@ -283,7 +279,6 @@ def asked_again(self: SearchPage) -> None:
     if self.text.value.strip(): self.ask()
     else: self.show()
 
-# %% ../../nbs/retriever/09_page.ipynb #8d22b12f
 @patch
 def pick_name(self: SearchPage, name: str) -> None:
     "Another reference by its id."
@@ -323,7 +318,6 @@ def ask(self: SearchPage) -> None:
     self.session.search(self.text.value)
     self.show()
 
-# %% ../../nbs/retriever/09_page.ipynb #8968822f
 @patch
 def submitted(self: SearchPage, _, message: dict, __) -> None:
     "Enter in the text field."
@@ -363,7 +357,6 @@ def by_hand(self: SearchPage) -> tuple[float, ...]:
     "The weights on the sliders."
     return tuple(slider.value for slider in self.sliders)
 
-# %% ../../nbs/retriever/09_page.ipynb #004cc1e2
 @patch
 def regate(self: SearchPage, gate) -> None:
     "Rank again with another gate."
@@ -404,7 +397,6 @@ def marks_in_words(step: Step) -> str:
     if "target" not in step.marks: return f"green: a right answer, grey: a miss ({right} right)"
     return f"blue: the annotated target, green: another right answer, grey: a miss ({right} right)"
 
-# %% ../../nbs/retriever/09_page.ipynb #42301a09
 def step_in_words(step: Step) -> str:
     "The status line after a question."
     found = f"{len(step.results)} of {step.among:,} pictures in {step.milliseconds:.0f} ms"
@@ -426,7 +418,6 @@ def step_line(number: int, step: Step) -> str:
     asked = f"{readable_name(step.reference)} · “{escape(step.text)}” · gate {gate_words(step.gate)}"
     return f"<b>{number}.</b> {asked} → {found}"
 
-# %% ../../nbs/retriever/09_page.ipynb #a1cba978
 def history_table(session: Session) -> str:
     "The steps so far, as HTML."
     lines = [step_line(number, step) for number, step in enumerate(session.steps, 1)]
@@ -454,7 +445,6 @@ def contribution_figure(why: Explanation, result: Result):
     rows[f"of its score {result.score:.3f}"] = contributions
     return gate_figure(rows, why.parts, "").update_layout(height=200, margin=dict(l=120, r=20, t=10, b=40))
 
-# %% ../../nbs/retriever/09_page.ipynb #ea722678
 def shown_figure(figure) -> dict:
     "A figure as an output: it is set, not displayed, so that nothing depends on which cell is running."
     data = {"application/vnd.plotly.v1+json": json.loads(figure.to_json())}
@@ -506,7 +496,6 @@ def clear_why(self: SearchPage) -> None:
     self.why_figure.outputs, self.lesson_text.value = [], ""
     self.show_reasons(False, self.why_image, self.why_figure, self.lesson_image)
 
-# %% ../../nbs/retriever/09_page.ipynb #ba275f47
 @patch
 def show_reasons(self: SearchPage, shown: bool, *widgets) -> None:
     "Pictures and figures of the panel take room only while they have something to show."

@@ -236,7 +236,6 @@ def epochs_done(run: Run) -> int:
     "Epochs that a run has logged."
     return sum(event["kind"] == "epoch" for event in run.events)
 
-# %% ../../nbs/studies/01_ablation.ipynb #a24ce3b4
 def costs(folder: Path, method: Method) -> dict[str, float | None]:
     """CPU seconds per epoch, trained parameters, and peak memory in MiB of a run folder; None for what its
     cpu.jsonl does not tell."""
@@ -517,7 +516,6 @@ def finding(records: list[dict], condition: str, baseline: str, measure: str = "
     verb = f"**{outcome(mean, half)}**"
     return f"`{condition}` {verb} `{baseline}`: {mean:+.1f} points of {measure}, {bounds}."
 
-# %% ../../nbs/studies/01_ablation.ipynb #9243988d
 def findings(records: list[dict], pairs: list[tuple[str, str]], measure: str = "mAP") -> Markdown:
     "The findings of several (condition, baseline) pairs as a list."
     return Markdown("\n".join(f"* {finding(records, *pair, measure)}" for pair in pairs))
@@ -548,7 +546,6 @@ def read_study(name: str) -> dict | None:
     path = at_home("data") / "results" / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
-# %% ../../nbs/studies/01_ablation.ipynb #6a6e8dcc
 def source_line(study: dict) -> str:
     "Where a study's figures come from, in one line of Markdown."
     seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in study["runs"]}))
