@@ -29,7 +29,7 @@ help: ## list these targets
 
 train: ## train a retriever and show its results; parameters: make train ARGS="-p dataset cirr -p seed 1"
 evaluate: ## evaluate a trained run: make evaluate ARGS="-p run_dir runs/NAME"
-pretrain: ## rebuild the small backbone that ships in dqe_cir/assets/mini
+pretrain: ## train a small backbone like the one that ships, into runs/mini
 
 train evaluate pretrain: $(INSTALLED)
 	@mkdir -p runs && touch runs/.started

@@ -64,7 +64,9 @@ class BiBLIP4CIR(Method):
 
 # %% ../../nbs/methods/45_bi_blip4cir.ipynb #0b47460b
 @patch
-def image_vector(self: BiBLIP4CIR, tokens: Tensor) -> Tensor: return self.images(tokens).mean(1)  # (N,D)
+def image_vector(self: BiBLIP4CIR, tokens: Tensor) -> Tensor:
+    "Image tokens (N,P,W) to vectors (N,D), the mean of their embeddings."
+    return self.images(tokens).mean(1)
 
 @patch
 def read(self: BiBLIP4CIR, texts: list[str], prompt: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class MiningOptions:
 
 # %% ../../nbs/trainer/01_mining.ipynb #2c878fad
 def trns(options: MiningOptions) -> MidZone:
+    "Target relative negative sampling: the mid-zone within the bounds of the options."
     return MidZone(options.zone, options.zone_low, options.zone_high, options.zone_guard)
 
 SAMPLERS: dict[str, Callable[[MiningOptions], Sampler | None]] = {

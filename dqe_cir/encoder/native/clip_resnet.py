@@ -87,6 +87,7 @@ class ResNetTower(nn.Module):
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #1cb795c0
 @patch
 def forward(self: ResNetTower, pixels: Tensor) -> Tensor:
+    "Pixels (B,3,S,S) to vectors (B,D) of any length."
     maps = F.relu(self.bn1(self.conv1(pixels)))
     maps = F.relu(self.bn2(self.conv2(maps)))
     maps = F.avg_pool2d(F.relu(self.bn3(self.conv3(maps))), 2)
