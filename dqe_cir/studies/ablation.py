@@ -84,7 +84,8 @@ CONDITIONS |= {
 
 # %% ../../nbs/studies/01_ablation.ipynb #e286fec4
 AFTER_WARM_UP = (
-    "negatives", "zone", "zone_low", "zone_high", "zone_guard", "negatives_per_query", "refresh_every",
+    "negatives", "zone", "zone_low", "zone_high", "zone_guard", "zone_on", "batches",
+    "negatives_per_query", "refresh_every",
     "pair_smoothing", "preference_weight", "ranking_weight", "attribute_weight", "contrastive_weight",
     "mined_columns", "attribute_negatives",
 )
