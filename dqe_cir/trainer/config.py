@@ -142,7 +142,8 @@ def choices(config: TrainConfig) -> dict[str, tuple[str, ...]]:
     spec = SPECS.get(config.dataset, SPECS[trainable[0]])
     return {"dataset": trainable, "method": tuple(METHODS), "form": ("shared", "native"),
             "size": ("full", "smoke"), "precision": tuple(DTYPES), "evaluate_on": spec.held_out,
-            "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "attribute_mode": MODES,
+            "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "zone_on": ("query", "target"),
+            "batches": ("plain", "trns"), "attribute_mode": MODES,
             "attribute_negatives": ("shared", "own"),
             "recipe": ("common", "paper"), "warm_up": ("none", "random", "contrastive"),
             "captions": ("both", "some", "own"),
