@@ -1446,6 +1446,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'dqe_cir/studies/ablation.py'),
                                           'dqe_cir.studies.ablation.check_against': ( 'studies/ablation.html#check_against',
                                                                                       'dqe_cir/studies/ablation.py'),
+                                          'dqe_cir.studies.ablation.check_record': ( 'studies/ablation.html#check_record',
+                                                                                     'dqe_cir/studies/ablation.py'),
                                           'dqe_cir.studies.ablation.check_study': ( 'studies/ablation.html#check_study',
                                                                                     'dqe_cir/studies/ablation.py'),
                                           'dqe_cir.studies.ablation.compare_run': ( 'studies/ablation.html#compare_run',
