@@ -22,9 +22,9 @@ from ..core import checked
 from ..data.datasets import SPECS
 from ..methods.zoo import METHODS
 from ..show.figures import interval_figure, point_figure, text_table
-from .ablation import Job, OURS, PAPER, StudyConfig, best_rates, check_record, check_study
-from .ablation import outcome, package_commit, paired, passed_on, run_study, search_table
-from .ablation import shared_seeds, study_jobs, summary_table, values_of
+from .ablation import Job, OURS, PAPER, StudyConfig, as_texts, best_rates, check_record
+from .ablation import check_study, outcome, package_commit, paired, passed_on, run_study
+from .ablation import search_table, shared_seeds, study_jobs, summary_table, values_of
 from ..trainer.config import TrainConfig, train_config
 
 # %% ../../nbs/studies/02_leaderboard.ipynb #6b2c0e01
@@ -110,7 +110,7 @@ def check_words(config: LeaderboardConfig) -> None:
 
 def leaderboard_config(values: dict) -> LeaderboardConfig:
     "The `LeaderboardConfig` of a dict of parameters; what is unknown or impossible raises `ValueError`."
-    config = checked(LeaderboardConfig, values)
+    config = checked(LeaderboardConfig, as_texts(values))
     check_words(config)
     check_factors(config)
     if config.dataset not in SPECS:
@@ -369,7 +369,7 @@ def reading(record: dict, baseline: str = "info_nce") -> Markdown:
     return Markdown("\n".join(f"* {line}" for line in (*lines, *firsts, worth_of(record))))
 
 # %% ../../nbs/studies/02_leaderboard.ipynb #08df9da2
-SMALL = dict(conditions="info_nce,clip4cir", seeds="0,1", factors="0.5,1,2", size="smoke", epochs=1,
+SMALL = dict(conditions="info_nce,clip4cir", seeds="0,1", factors="1", size="smoke", epochs=1,
              batch_size=16, workers=1)
 
 def small_leaderboard() -> dict:
