@@ -110,6 +110,7 @@ def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int |
     """Train to the end, or to epoch `until`, from the last finished epoch if there is one.
     `evaluate(method) -> dict` runs now and then. A finished run is loaded. Returns the events of the run."""
     config = run.config
+    data.labels = method.prepare(data.dataset, data.tokens, run.folder)
     if run.finished:
         tidy(run)  # it may have been stopped in its last move
         load_state(method, read_weights(run.folder / "model.safetensors"), run.folder)
