@@ -38,7 +38,7 @@ class QuRe(Method, LearnedTemperature):
 @patch
 def encode_query(self: QuRe, reference: Tensor, texts: list[str]) -> Tensor:
     "(B,P,W) and B texts to unit queries (B,D)."
-    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
+    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts), words=0)
     return F.normalize(self.encoder.text_projection(fused).mean(1), dim=-1)
 
 # %% ../../nbs/methods/70_qure.ipynb #0f8acc4d
