@@ -54,7 +54,7 @@ def test_in_batch_false_negatives_are_counted():
 def test_only_what_acts_after_the_warm_up_is_left_out_of_its_name():
     config = train_config({"method": "dqe_cir"})
     assert set(AFTER_WARM_UP) <= {field.name for field in dataclasses.fields(TrainConfig)}
-    other = dict(negatives="random", zone="absolute", zone_low=0.1, zone_high=0.2, zone_guard=0.7, negatives_per_query=3, refresh_every=9, pair_smoothing=0.1,
+    other = dict(negatives="random", zone="absolute", zone_low=0.1, zone_high=0.2, zone_guard=0.7, zone_on="target", batches="trns", negatives_per_query=3, refresh_every=9, pair_smoothing=0.1,
                  preference_weight=2.0, ranking_weight=0.0, attribute_weight=0.0, contrastive_weight=1.0, mined_columns=True, attribute_negatives="own")
     assert set(other) == set(AFTER_WARM_UP)
     assert warm_up_key(dataclasses.replace(config, **other)) == warm_up_key(config)

@@ -20,6 +20,7 @@ ALLOWED = {
     "metrics": {"retrieval"},
     "losses": set(),
     "attributes": set(),
+    "vocabulary": set(),
     "sampler": set(),
     "data": {"core"},
     "encoder": {"core", "retrieval", "data"},

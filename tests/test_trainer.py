@@ -102,7 +102,7 @@ def test_the_encoder_decides_the_schedule_and_not_its_name(tmp_path):
 READ_SOMETIMES = {"label_smoothing": 0.05, "aligned": False, "soft_labels": "target", "attribute_mode": "off", "pair_smoothing": 0.1,
                   "preference_weight": 2.0, "ranking_weight": 2.0, "attribute_weight": 2.0, "contrastive_weight": 1.0,
                   "mined_columns": True, "attribute_negatives": "own", "negatives": "hardest", "zone": "absolute",
-                  "zone_low": 0.001, "zone_high": 0.9, "zone_guard": 0.1, "negatives_per_query": 2, "warmup_epochs": 3,
+                  "zone_low": 0.001, "zone_high": 0.9, "zone_guard": 0.1, "zone_on": "target", "batches": "trns", "negatives_per_query": 2, "warmup_epochs": 3,
                   "refresh_every": 2, "refresh_left": 1}
 
 
@@ -112,7 +112,9 @@ def test_a_parameter_that_the_method_does_not_read_is_refused_in_one_line(method
     for name, value in READ_SOMETIMES.items():
         values = {"method": method, name: value}
         if name == "mined_columns": values["contrastive_weight"] = 1.0
-        if name.startswith("zone") and METHODS[method].uses_negatives: values["negatives"] = "trns"
+        if name == "batches" and method == "qure": continue  # it mines, but has no term in which the rows of a batch meet
+        if name == "batches" and METHODS[method].uses_negatives: values["contrastive_weight"] = 1.0
+        if name.startswith(("zone", "batches")) and METHODS[method].uses_negatives: values["negatives"] = "trns"
         if name in options_of(METHODS[method]):
             assert getattr(train_config(values), name) == value
             continue

@@ -43,6 +43,7 @@ class Method(nn.Module):
     negatives = "trns"  # the sampler of these negatives, by its name in the trainer, where a run names none
     options: tuple[str, ...] = ()  # parameters of a run that this method reads and others do not
     published: dict[str, dict] = {}  # data set to the schedule its authors used with a full-size encoder
+    paper: dict = {}  # what the recipe `paper` sets for this method, where it differs from plain training
     load_encoder = staticmethod(load_encoder)  # what reads the encoder of a name
     native: "type[Method] | None" = None  # the same system on its own backbone, where that is not BLIP-2
 

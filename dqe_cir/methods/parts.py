@@ -27,15 +27,17 @@ def freeze_last_words(encoder: Blip2Encoder) -> None:
 # %% ../../nbs/methods/05_parts.ipynb #f5f81c4f
 class LearnedTemperature:
     "A second base class of a `Method`: `start_temperature` in `__init__`, `temperature` under the scores."
+    bounds = (0.01, 0.5)
 
-    def start_temperature(self, value: float) -> None:
-        "Learn from this temperature on; the parameter is its logarithm."
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(value)))
+    def start_temperature(self, value: float | None = None) -> None:
+        "Learn from this temperature on, or from the encoder's; the parameter is its logarithm."
+        start = self.encoder.temperature if value is None else value
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(start)))
 
     @property
     def temperature(self) -> Tensor:
         "The temperature now, within [0.01, 0.5]."
-        return self.log_temperature.clamp(math.log(0.01), math.log(0.5)).exp()
+        return self.log_temperature.clamp(*map(math.log, self.bounds)).exp()
 
 # %% ../../nbs/methods/05_parts.ipynb #81b946df
 class StillImages(nn.Module):

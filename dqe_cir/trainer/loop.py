@@ -27,7 +27,8 @@ from .step import Stepper, learning_rate_factor, training_step
 def epoch_steps(data: TrainingSet, config: TrainConfig, epoch: int) -> list[list[list[int]]]:
     "The row numbers of every batch of every step of an epoch."
     order = generator(config.seed, "batches", epoch)
-    batches = epoch_batches(data.triplets, config.batch_size, order, config.category_batches)
+    cut = config.batch_size, order, config.category_batches
+    batches = epoch_batches(data.triplets, *cut, data.partners(config))
     return [batches[i:i + config.accumulate] for i in range(0, len(batches), config.accumulate)]
 
 # %% ../../nbs/trainer/06_loop.ipynb #3a4e7278

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['POOL', 'BLOCK', 'SAMPLERS', 'ZONE_OPTIONS', 'DELTA_GRID', 'VALUES', 'MiningOptions', 'trns', 'unread_options',
-           'check_zone', 'check_mining', 'candidate_ids', 'rows_of', 'same_pictures', 'valid_candidates', 'Laps',
-           'block_scores', 'refresh_gallery', 'refresh', 'delta_counts', 'right_answers', 'block_report', 'quantiles',
-           'summed_up', 'pool_shares', 'method_report', 'NegativePool', 'overlap']
+           'check_zone', 'check_batches', 'check_mining', 'candidate_ids', 'rows_of', 'same_pictures',
+           'valid_candidates', 'Laps', 'block_scores', 'likeness', 'refresh_gallery', 'refresh', 'delta_counts',
+           'right_answers', 'block_report', 'quantiles', 'summed_up', 'pool_shares', 'method_report', 'NegativePool',
+           'overlap', 'pool_edges']
 
 # %% ../../nbs/trainer/01_mining.ipynb #54b9bc1c
 import hashlib, math, time
@@ -17,6 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..attributes import unit
 from ..core import generator
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS
@@ -38,6 +40,8 @@ class MiningOptions:
     zone_low: float | None = None
     zone_high: float | None = None
     zone_guard: float | None = None  # standard deviations below the target that are left out
+    zone_on: str = "query"  # trns: a zone of the query's scores, or of images like the target
+    batches: str = "plain"  # or trns: half of every batch lies in each other's zones, from the first refresh on
     negatives_per_query: int = 1
     warmup_epochs: int | None = None  # epochs before the first refresh
     refresh_every: int | None = None  # epochs; 0: only once
@@ -58,7 +62,7 @@ SAMPLERS: dict[str, Callable[[MiningOptions], Sampler | None]] = {
 }
 
 # %% ../../nbs/trainer/01_mining.ipynb #f9b3e8d0
-ZONE_OPTIONS = ("zone", "zone_low", "zone_high", "zone_guard")
+ZONE_OPTIONS = ("zone", "zone_low", "zone_high", "zone_guard", "zone_on", "batches")
 
 def unread_options(negatives: str) -> tuple[str, ...]:
     "Names of the miner's options that a way of drawing does not look at."
@@ -76,10 +80,18 @@ def check_zone(options) -> None:
     if options.zone == "quantile" and not 0 <= low < high <= 1:
         raise ValueError(f"{bounds}: the bounds of zone=quantile are shares from 0 to 1")
 
+# %% ../../nbs/trainer/01_mining.ipynb #f147f4b1
+def check_batches(options) -> None:
+    "Raise `ValueError` for clustered batches that no term of the loss looks at."
+    if options.batches == "trns" and not getattr(options, "contrastive_weight", 0):
+        raise ValueError("batches=trns chooses the rows that meet in the contrastive term: "
+                         "contrastive_weight=0 leaves it out")
+
 # %% ../../nbs/trainer/01_mining.ipynb #b1366452
 def check_mining(options, epochs: int) -> None:
     "Raise `ValueError` for resolved mining options that cannot work in a run of so many epochs."
     check_zone(options)
+    check_batches(options)
     count, warmup = options.negatives_per_query, options.warmup_epochs
     if not 1 <= count <= POOL:
         raise ValueError(f"negatives_per_query={count} must be from 1 to {POOL}, the size of a pool")
@@ -154,11 +166,18 @@ def block_scores(method: Method, tokens, triplets, gallery: Tensor, clock: Laps)
     queries = clock.lap("encoding", device, encode_queries(method, tokens, triplets))
     return clock.lap("scoring", device, method.score(queries, gallery).float().cpu())
 
+# %% ../../nbs/trainer/01_mining.ipynb #a1875d87
+@torch.no_grad()
+def likeness(gallery: Tensor, target: Tensor) -> Tensor:
+    "Cosines (Q,N) float32, in main memory, of Q images of a gallery (N,T,D), by position (Q,), with all N."
+    images = unit(gallery.float().mean(1))
+    return (images[target.to(images.device)] @ images.T).cpu()
+
 # %% ../../nbs/trainer/01_mining.ipynb #7ceca22b
 @torch.no_grad()
 def refresh_gallery(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, name: str,
                     ids: list[str], pools: Tensor, draw: Callable[[int], torch.Generator],
-                    clock: Laps) -> list[dict[str, Tensor]]:
+                    clock: Laps, zone_on: str = "query") -> list[dict[str, Tensor]]:
     """Fill the rows of `pools` (Q,POOL) whose queries search one gallery, `draw(first row)` being the
     generator of a block; returns what `block_report` says of each block."""
     reports, rows, device = [], rows_of(dataset, name), next(method.parameters()).device
@@ -171,23 +190,25 @@ def refresh_gallery(method: Method, dataset: CIRDataset, tokens, sampler: Sample
         scores = block_scores(method, tokens, triplets, gallery, clock)
         target = torch.tensor([position[t.target] for t in triplets])
         valid = valid_candidates(dataset, triplets, position, same)
-        pools[block] = sampler.pool(scores, target, valid, POOL, draw(start)).int()
+        judged = scores if zone_on == "query" else likeness(gallery, target)
+        pools[block] = sampler.pool(judged, target, valid, POOL, draw(start)).int()
         clock.lap("selecting", device)
-        reports.append(block_report(sampler, scores, target, valid, triplets, ids, dataset))
+        reports.append(block_report(sampler, scores, target, valid, triplets, ids, dataset, judged))
         clock.lap("reporting", device)
     return reports
 
 # %% ../../nbs/trainer/01_mining.ipynb #4d19c569
 @torch.no_grad()
 def refresh(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, seed: int,
-            epoch: int) -> tuple[Tensor, dict]:
+            epoch: int, zone_on: str = "query") -> tuple[Tensor, dict]:
     "Pools (Q,POOL) int32 of candidate positions within each query's gallery (-1: none), and a report."
     clock, training, device = Laps(), method.training, next(method.parameters()).device
     pools, reports = torch.full((len(dataset.triplets), POOL), -1, dtype=torch.int32), []
     method.eval()
     for name, ids in candidate_ids(dataset).items():
         draw = lambda start, name=name: generator(seed, "pool", epoch, name, start)
-        reports += refresh_gallery(method, dataset, tokens, sampler, name, ids, pools, draw, clock)
+        own = name, ids, pools, draw
+        reports += refresh_gallery(method, dataset, tokens, sampler, *own, clock, zone_on)
     report = summed_up(reports) | pool_shares(dataset, pools) | method_report(method, dataset, tokens)
     clock.lap("reporting", device)
     method.train(training)
@@ -209,9 +230,10 @@ def right_answers(dataset: CIRDataset, triplets, ids: list[str]) -> Tensor:
 
 # %% ../../nbs/trainer/01_mining.ipynb #3964fad4
 def block_report(sampler: Sampler, scores: Tensor, target: Tensor, valid: Tensor, triplets,
-                 ids: list[str], dataset: CIRDataset) -> dict[str, Tensor]:
-    "Values (Q,) of each query of a block, and counts over the block, from scores (Q,N)."
-    eligible, rung = sampler.rungs(scores, target, valid)
+                 ids: list[str], dataset: CIRDataset, judged: Tensor | None = None) -> dict[str, Tensor]:
+    """Values (Q,) of each query of a block, and counts over the block, from scores (Q,N); `judged` (Q,N):
+    what the sampler saw, if it was not the scores."""
+    eligible, rung = sampler.rungs(scores if judged is None else judged, target, valid)
     delta, possible = relative_scores(scores, target), possible_negatives(target, valid)
     size, inside = eligible.sum(1), delta.masked_fill(~eligible, torch.nan)
     report = {"zone": size, "rung": rung, "delta": inside.nanmedian(1).values,
@@ -279,9 +301,9 @@ class NegativePool:
     until a pool is used up."""
 
     def __init__(self, dataset: CIRDataset, tokens, sampler: Sampler, seed: int, warmup: int, every: int,
-                 count: int = 1):
+                 count: int = 1, zone_on: str = "query"):
         self.dataset, self.tokens, self.sampler, self.seed = dataset, tokens, sampler, seed
-        self.warmup, self.every, self.count = warmup, every, count
+        self.warmup, self.every, self.count, self.zone_on = warmup, every, count, zone_on
         self.ids = candidate_ids(dataset)
         self.pools = None  # (Q,POOL) int32 after the first refresh
         self.since = -1  # epoch of the last refresh
@@ -295,7 +317,8 @@ class NegativePool:
     def renew(self, method: Method, epoch: int) -> dict:
         "Refresh, and report how much of the old pools is in the new ones."
         old, self.since = self.pools, epoch
-        self.pools, report = refresh(method, self.dataset, self.tokens, self.sampler, self.seed, epoch)
+        drawn = self.dataset, self.tokens, self.sampler, self.seed, epoch, self.zone_on
+        self.pools, report = refresh(method, *drawn)
         return {**report, "kept": None if old is None else overlap(old, self.pools)}
 
 # %% ../../nbs/trainer/01_mining.ipynb #99f53127
@@ -324,6 +347,32 @@ def draw(self: NegativePool, rows: list[int], epoch: int) -> list[list[str | Non
     "Image ids of the negatives of some queries in an epoch, `count` each; None where a query has none."
     first = (epoch - self.since) * self.count
     return [[self.one(row, first + k) for k in range(self.count)] for row in rows]
+
+# %% ../../nbs/trainer/01_mining.ipynb #6cf35768
+def pool_edges(triplets, pools: Tensor, ids: dict[str, list[str]]) -> tuple[Tensor, Tensor]:
+    "Rows (E,) and (E,) int64, in order: the second one's target is in the first one's pool (Q,S) of `ids`."
+    one, other = [], []
+    for name, images in ids.items():
+        rows = [row for row, t in enumerate(triplets) if len(ids) == 1 or t.category == name]
+        position = {image: i for i, image in enumerate(images)}
+        asking = [[] for _ in images]  # the rows whose target an image is
+        for row in rows: asking[position[triplets[row].target]].append(row)
+        for row, pool in zip(rows, pools[rows].tolist()):
+            found = sorted(j for i in pool if i >= 0 for j in asking[i])
+            one += [row] * len(found)
+            other += found
+    one, other = torch.tensor(one, dtype=torch.long), torch.tensor(other, dtype=torch.long)
+    order = one.argsort(stable=True)
+    return one[order], other[order]
+
+# %% ../../nbs/trainer/01_mining.ipynb #c300253a
+@patch
+def partners(self: NegativePool) -> list[Tensor]:
+    "Per query the rows (k,) int64, ascending, whose target is in its pool and whose pool holds its target."
+    one, other = pool_edges(self.dataset.triplets, self.pools, self.ids)
+    count = len(self.pools)
+    both = torch.isin(one * count + other, other * count + one)
+    return list(other[both].split(torch.bincount(one[both], minlength=count).tolist()))
 
 # %% ../../nbs/trainer/01_mining.ipynb #164fe30a
 VALUES = {"colour": ("colour",), "shape": ("sleeve", "neckline", "length")}  # labels of an attribute
