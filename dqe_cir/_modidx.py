@@ -300,6 +300,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                'dqe_cir/encoder/blip2.py'),
                                        'dqe_cir.encoder.blip2.load_file': ('encoder/blip2.html#load_file', 'dqe_cir/encoder/blip2.py'),
                                        'dqe_cir.encoder.blip2.load_folder': ('encoder/blip2.html#load_folder', 'dqe_cir/encoder/blip2.py'),
+                                       'dqe_cir.encoder.blip2.only_read': ('encoder/blip2.html#only_read', 'dqe_cir/encoder/blip2.py'),
                                        'dqe_cir.encoder.blip2.stated_width': ( 'encoder/blip2.html#stated_width',
                                                                                'dqe_cir/encoder/blip2.py')},
             'dqe_cir.encoder.checkpoints': { 'dqe_cir.encoder.checkpoints.ClipBlip2': ( 'encoder/checkpoints.html#clipblip2',

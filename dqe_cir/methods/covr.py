@@ -42,7 +42,7 @@ class CoVR(Method):
 @patch
 def composed(self: CoVR, reference: Tensor, texts: list[str]) -> Tensor:
     "Queries (B,D) as the loss sees them: means of unit vectors, shorter than 1."
-    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
+    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts), words=0)
     return F.normalize(self.encoder.text_projection(fused), dim=-1).mean(1)
 
 @patch

@@ -85,7 +85,7 @@ def from_config(cls: DQECIR, encoder: Blip2Encoder, config) -> DQECIR:
 @patch
 def composed(self: DQECIR, reference: Tensor, texts: list[str]) -> ComposedQuery:
     "The query (B,D) of reference tokens (B,P,W) and B texts, with its parts, gate and attention."
-    fused, words = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
+    fused, words = self.encoder.fuse(reference, *self.encoder.tokenize(texts), words=1)
     return self.compose(fused, words, self.encoder.text_projection)
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #252028c4

@@ -58,7 +58,7 @@ class InfoNCE(Method, LearnedTemperature, ReadsAttributes):
 @patch
 def plain_query(self: InfoNCE, reference: Tensor, texts: list[str]) -> Tensor:
     "(B,P,W) and B texts to unit queries (B,D), or (B,T*D) when aligned."
-    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
+    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts), words=0)
     even = fused.new_full(fused.shape[:2], 1 / fused.shape[1])
     return join_states(self.encoder.text_projection(fused), even, self.aligned)
 

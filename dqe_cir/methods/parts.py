@@ -60,10 +60,11 @@ class StillImages(nn.Module):
 
 # %% ../../nbs/methods/05_parts.ipynb #533738cb
 def read_text(
-    encoder: Blip2Encoder, input_ids: Tensor, attention_mask: Tensor, prompts: Tensor | None = None
+    encoder: Blip2Encoder, input_ids: Tensor, attention_mask: Tensor, prompts: Tensor | None = None,
+    read: slice | None = slice(1),
 ) -> Tensor:
-    """Words (B,L), with prompts (K,H) put in after the first of them, to states (B,K+L,H), of which the first
-    stands for the text."""
+    """Words (B,L), with prompts (K,H) put in after the first of them, to states (B,1,H): the first, which
+    stands for the text, or those of the positions `read`, all of them (B,K+L,H) if it is None."""
     states = encoder.embeddings.word_embeddings(input_ids)
     if prompts is not None:
         spoken = prompts.expand(len(input_ids), -1, -1)
@@ -71,8 +72,8 @@ def read_text(
         attention_mask = F.pad(attention_mask, (len(prompts), 0), value=1)
     places = torch.arange(states.shape[1], device=states.device)
     states = states + encoder.embeddings.position_embeddings(places)
-    read = encoder.qformer(query_embeds=states, query_length=0, attention_mask=attention_mask)
-    return read.last_hidden_state
+    said = encoder.qformer(query_embeds=states, query_length=0, attention_mask=attention_mask, read=read)
+    return said.last_hidden_state
 
 # %% ../../nbs/methods/05_parts.ipynb #e2f37bed
 def either_order(triplet: Triplet, generator: torch.Generator) -> str:
