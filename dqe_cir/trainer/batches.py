@@ -121,8 +121,10 @@ def batch(self: TrainingSet, rows: list[int], method: Method, generator: torch.G
     chosen = [self.triplets[row] for row in rows]
     reference = self.tokens[[triplet.reference for triplet in chosen]]
     texts = [method.training_text(triplet, generator) for triplet in chosen]
+    again = [method.training_text(triplet, generator) for triplet in chosen] if method.draws_twice else None
     target = self.tokens[[triplet.target for triplet in chosen]]
-    return Batch(reference, texts, target, group=self.groups[rows], negative=negative, progress=progress)
+    return Batch(reference, texts, target, group=self.groups[rows], negative=negative, progress=progress,
+                 again=again)
 
 # %% ../../nbs/trainer/03_batches.ipynb #6e65a596
 def other_targets(data: TrainingSet, rows: list[int]) -> list[str]:
