@@ -100,6 +100,6 @@ CIRR = DatasetSpec(
                "test1": {"all": (4148, 2315)}},
     reference_ranked=False, galleries={"original": "all images of the split as gallery"}, choices=("prompt",),
     server="test1", subsets=True, mean=("R@5", "Rs@1"),
-    training=dict(epochs=50, lr=1e-5, batch_size=32, head_rate=1.0, label_smoothing=0.1, aligned=False,
+    training=dict(epochs=50, lr=1e-5, batch_size=32, head_rate=1.0,
                   refresh_left=3, zone_guard=0.5, evaluate_every=1),
     zone_bounds=(0.001, 0.02), images=16_939 + 2_297, gigabytes=13, refresh=(28_225, 16_939))

@@ -102,6 +102,6 @@ FASHIONIQ = DatasetSpec(
                "val_union": "references and targets of the split as gallery, by category"},
     captions=2, choices=("gallery", "exclude_reference", "caption_order", "prompt"), protocols=_rules,
     averaged=True, mean=("R@10", "R@50"), candidates="targets",
-    training=dict(epochs=30, lr=5e-6, batch_size=32, head_rate=1.0, label_smoothing=0.1, aligned=False,
+    training=dict(epochs=30, lr=5e-6, batch_size=32, head_rate=1.0,
                   refresh_left=3, zone_guard=0.5, evaluate_every=1),
     zone_bounds=(0.005, 0.05), images=45_429 + 15_415, gigabytes=1, refresh=(18_000, 18_000))

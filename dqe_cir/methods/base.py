@@ -46,6 +46,7 @@ class Method(nn.Module):
     stages: tuple[float, ...] = ()  # shares of the training at which a further stage begins
     options: tuple[str, ...] = ()  # parameters of a run that this method reads and others do not
     published: dict[str, dict] = {}  # data set to the schedule its authors used with a full-size encoder
+    paper: dict = {}  # what the recipe `paper` sets for this method, where it differs from plain training
     load_encoder = staticmethod(load_encoder)  # what reads the encoder of a name
     native: "type[Method] | None" = None  # the same system on its own backbone, where that is not BLIP-2
 

@@ -26,8 +26,9 @@ class DQECIR(Method, LearnedTemperature):
     options = (
         "aligned", "label_smoothing", "attribute_mode", "pair_smoothing",
         "preference_weight", "ranking_weight", "attribute_weight", "contrastive_weight",
-        "mined_columns", "attribute_negatives",
+        "mined_columns", "attribute_negatives", "temperature",
     )
+    paper = dict(captions="some", temperature=0.07, zone="absolute")  # and our readings where none is stated
     published = dict.fromkeys(("fashioniq", "cirr"), dict(head_rate=20.0))  # our reading: none is stated
 
     def __init__(
@@ -44,6 +45,7 @@ class DQECIR(Method, LearnedTemperature):
         own: bool = False,
         mined_columns: bool = False,
         attributes: dict[str, float] = ATTRIBUTE_MARGINS,
+        temperature: float | None = None,
     ):
         super().__init__(encoder)
         names = tuple(checked_attributes(attributes))
@@ -52,7 +54,7 @@ class DQECIR(Method, LearnedTemperature):
         self.own, self.mined_columns, self.margins = own, mined_columns, attributes
         self.weights = {"preference": preference, "ranking": ranking, "contrastive": contrastive}
         self.weights |= dict.fromkeys(attributes, attribute)
-        self.start_temperature(0.07)
+        self.start_temperature(temperature)
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #1690b04c
 @patch(cls_method=True)
@@ -70,6 +72,7 @@ def from_config(cls: DQECIR, encoder: Blip2Encoder, config) -> DQECIR:
         contrastive=config.contrastive_weight,
         own=config.attribute_negatives == "own",
         mined_columns=config.mined_columns,
+        temperature=config.temperature,
     )
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #cd562f59

@@ -22,7 +22,8 @@ LIKENESS_TEMPERATURE = 0.1  # of the similarity of two targets, for soft_labels=
 
 class InfoNCE(Method, LearnedTemperature):
     "Joint Q-Former query against the gallery's best token; in-batch softmax with softened labels."
-    options = ("label_smoothing", "aligned", "soft_labels")
+    options = ("label_smoothing", "aligned", "soft_labels", "temperature")
+    paper = dict(captions="some")  # nobody's: plain InfoNCE, as SPRC and QuRe would write it
 
     def __init__(
         self,
@@ -30,15 +31,17 @@ class InfoNCE(Method, LearnedTemperature):
         label_smoothing: float = 0.2,
         aligned: bool = False,
         soft_labels: str = "even",
+        temperature: float | None = None,
     ):
         super().__init__(encoder)
         freeze_last_words(encoder)
         self.label_smoothing, self.aligned, self.soft_labels = label_smoothing, aligned, soft_labels
-        self.start_temperature(encoder.temperature)
+        self.start_temperature(temperature)
 
     @classmethod
     def from_config(cls, encoder, config):
-        return cls(encoder, config.label_smoothing, config.aligned, config.soft_labels)
+        own = config.label_smoothing, config.aligned, config.soft_labels, config.temperature
+        return cls(encoder, *own)
 
     @classmethod
     def check(cls, config) -> None:

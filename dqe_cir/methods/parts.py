@@ -27,17 +27,18 @@ def freeze_last_words(encoder: Blip2Encoder) -> None:
 # %% ../../nbs/methods/05_parts.ipynb #f5f81c4f
 class LearnedTemperature:
     "A second base class of a `Method`: `start_temperature` in `__init__`, `temperature` under the scores."
+    bounds = (0.01, 0.5)
 
-    def start_temperature(self, value: float, learned: bool = True) -> None:
-        "Learn from this temperature on, by its logarithm; or hold it: then no checkpoint has it."
-        start = torch.tensor(math.log(value))
+    def start_temperature(self, value: float | None = None, learned: bool = True) -> None:
+        "Learn from this temperature on, or the encoder's, by its logarithm; or hold it: then no weights have it."
+        start = torch.tensor(math.log(self.encoder.temperature if value is None else value))
         if learned: self.log_temperature = nn.Parameter(start)
         else: self.register_buffer("log_temperature", start, persistent=False)
 
     @property
     def temperature(self) -> Tensor:
         "The temperature now, within [0.01, 0.5]."
-        return self.log_temperature.clamp(math.log(0.01), math.log(0.5)).exp()
+        return self.log_temperature.clamp(*map(math.log, self.bounds)).exp()
 
 # %% ../../nbs/methods/05_parts.ipynb #2f6b9d14
 def switches(method, encoder, config) -> dict:
@@ -45,8 +46,9 @@ def switches(method, encoder, config) -> dict:
     whether the temperature is `learned`; nothing for a run older than recipes, which had all as in the paper."""
     if getattr(config, "recipe", None) is None: return {}
     said = {name: getattr(config, name) for name in ("label_smoothing", "aligned") if name in method.options}
-    own = getattr(encoder, "temperature", method.paper["temperature"])  # a native encoder has none
-    return said | dict(temperature=config.temperature or own, learned=config.recipe != "paper")
+    held = method.paper["temperature"]
+    start = config.temperature or getattr(encoder, "temperature", held)  # a native encoder has none
+    return said | dict(temperature=start, learned=config.temperature != held)
 
 # %% ../../nbs/methods/05_parts.ipynb #81b946df
 class StillImages(nn.Module):

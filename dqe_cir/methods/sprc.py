@@ -19,6 +19,8 @@ from .parts import LearnedTemperature, read_text
 # %% ../../nbs/methods/60_sprc.ipynb #9e49751c
 class SPRC(Method, LearnedTemperature):
     "The image as prompts of a sentence that the request continues; the sentence is the query."
+    options = ("label_smoothing", "temperature")
+    paper = dict(captions="own")  # labels as they are, the temperature of the pretrained encoder
     # weight of the second and third term in the authors' program, whose flags are not read on FashionIQ
     auxiliary = {"fashioniq": 1.0, "cirr": 0.4}  # elsewhere 1
     published = {  # the command of the authors' README
@@ -26,17 +28,20 @@ class SPRC(Method, LearnedTemperature):
         "cirr": dict(epochs=50, lr=1e-5, batch_size=128),
     }
 
-    def __init__(self, encoder: Blip2Encoder, auxiliary: float = 1.0):
+    def __init__(self, encoder: Blip2Encoder, auxiliary: float = 1.0, label_smoothing: float = 0.0,
+                 temperature: float | None = None):
         super().__init__(encoder)
+        self.label_smoothing = label_smoothing
         self.weights = {"text_only": auxiliary, "alignment": auxiliary}
         self.prompts = nn.Parameter(0.02 * torch.randn_like(encoder.query_tokens[0]))
-        self.start_temperature(encoder.temperature)
+        self.start_temperature(temperature)
 
 # %% ../../nbs/methods/60_sprc.ipynb #91515606
 @patch(cls_method=True)
 def from_config(cls: SPRC, encoder: Blip2Encoder, config) -> SPRC:
-    "With the weights that the authors' program has for the run's data set."
-    return cls(encoder, cls.auxiliary.get(config.dataset, 1.0))
+    "With the weights that the authors' program has for the run's data set, and the run's `options`."
+    auxiliary = cls.auxiliary.get(config.dataset, 1.0)
+    return cls(encoder, auxiliary, config.label_smoothing, config.temperature)
 
 # %% ../../nbs/methods/60_sprc.ipynb #cc3467cf
 @patch
@@ -74,7 +79,7 @@ def losses(self: SPRC, batch: Batch) -> dict[str, Tensor]:
     query, prompts = self.sentence(batch.reference, *words)
     blind = self.imagined(*words)
     terms = {
-        name: info_nce(self.score(asked, target) / self.temperature, batch.group)
+        name: info_nce(self.score(asked, target) / self.temperature, batch.group, self.label_smoothing)
         for name, asked in (("contrastive", query), ("text_only", blind))
     }
     apart = prompts.mean(1) - self.prompts.detach().mean(0)

@@ -90,9 +90,10 @@ AFTER_WARM_UP = (
 )
 
 def warm_up_key(config: TrainConfig) -> str | None:
-    "A name that is equal for configurations with the same warm-up; None for those without one."
+    "A name that is equal for configurations with the same warm-up; None without one that can be shared."
     if not METHODS[config.method].uses_negatives: return None
     if not 0 < config.warmup_epochs < config.epochs: return None
+    if config.warm_up != "contrastive": return None  # the pairwise terms act in it
     values = dataclasses.asdict(config).items()
     before = {name: value for name, value in values if name not in (*AFTER_WARM_UP, "run_dir")}
     return hashlib.blake2b(repr(sorted(before.items())).encode(), digest_size=6).hexdigest()

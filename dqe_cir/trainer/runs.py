@@ -22,12 +22,13 @@ from ..core import append_jsonl, checked, checkout, generator, read_jsonl, repla
 from ..core import resolve_device, write_json
 from ..data.datasets import SPECS
 from ..methods.base import Method
-from .config import TrainConfig, form_of
+from .config import TrainConfig, as_meant, form_of
 from .mining import NegativePool
 from .step import Stepper, checkpoint_layers
 
 # %% ../../nbs/trainer/05_runs.ipynb #a2dac815
-ELSEWHERE = ("run_dir", "data_root", "device")  # where a run lies and computes is not what it is
+# where a run lies and computes is not what it is; what its recipe is called is not what that sets
+ELSEWHERE = ("run_dir", "data_root", "device", "recipe")
 
 class Run:
     "A run folder: refuses a foreign configuration, resumes its own."
@@ -53,8 +54,11 @@ class Run:
 def read_config(folder: Path) -> dict:
     "The parameters a run folder was started with; a folder without them raises `ValueError`."
     path = Path(folder) / "config.json"
-    if path.exists(): return json.loads(path.read_text())
-    raise ValueError(f"{folder} is not a run folder: it has no config.json. Train first, or correct run_dir")
+    if not path.exists():
+        raise ValueError(f"{folder} is not a run folder: it has no config.json. "
+                         "Train first, or correct run_dir")
+    values = json.loads(path.read_text())
+    return as_meant(values) if "method" in values else values
 
 # %% ../../nbs/trainer/05_runs.ipynb #1585f034
 @patch(as_prop=True)
