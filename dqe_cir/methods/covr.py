@@ -28,8 +28,8 @@ class CoVR(Method, LearnedTemperature):
     reduce = "mean"
     options = ("label_smoothing", "temperature", "aligned")
     paper = {"temperature": 0.07}
-    # The authors' configuration: BLIP-2 after its training on COCO (Salesforce/blip2-itm-vit-g-coco, 364 pixels),
-    # 6 epochs at 1e-4, batches of 256 and 512 on each of two GPUs.
+    # The authors' configuration: BLIP-2 after its training on COCO (Salesforce/blip2-itm-vit-g-coco, 364
+    # pixels), 6 epochs at 1e-4, batches of 256 and 512 on each of two GPUs.
     published = {
         "fashioniq": dict(epochs=6, lr=1e-4, batch_size=512),
         "cirr": dict(epochs=6, lr=1e-4, batch_size=1024),
@@ -91,11 +91,13 @@ def training_text(self: CoVR, triplet: Triplet, generator: torch.Generator) -> s
 class NativeCoVR(Method, LearnedTemperature):
     "A text that looks at the reference, towards a gallery of frozen class tokens."
     load_encoder = staticmethod(partial(load_blip, longest=64, squash=True))
-    query_text, training_text, published, paper = CoVR.query_text, CoVR.training_text, CoVR.published, CoVR.paper
+    query_text, training_text = CoVR.query_text, CoVR.training_text
+    published, paper = CoVR.published, CoVR.paper
     options = ("label_smoothing", "temperature")
     from_config = classmethod(CoVR.from_config.__func__)
 
-    def __init__(self, encoder, label_smoothing: float = 0.0, temperature: float = 0.07, learned: bool = False):
+    def __init__(self, encoder, label_smoothing: float = 0.0, temperature: float = 0.07,
+                 learned: bool = False):
         super().__init__(encoder)
         self.label_smoothing = label_smoothing
         self.start_temperature(temperature, learned)

@@ -65,7 +65,8 @@ class MGUR(Method, LearnedTemperature):
 def encode_target(self: MGUR, tokens: Tensor) -> Tensor:
     "(N,P,W) to unit vectors (N,1,D), or (N,1,T*D) when aligned."
     embeddings = self.encoder.encode_target(tokens)
-    return aligned_target(embeddings) if self.aligned else F.normalize(embeddings.mean(1, keepdim=True), dim=-1)
+    if self.aligned: return aligned_target(embeddings)
+    return F.normalize(embeddings.mean(1, keepdim=True), dim=-1)
 
 @patch
 def encode_query(self: MGUR, reference: Tensor, texts: list[str]) -> Tensor:

@@ -30,7 +30,7 @@ class LearnedTemperature:
     bounds = (0.01, 0.5)
 
     def start_temperature(self, value: float | None = None, learned: bool = True) -> None:
-        "Learn from this temperature on, or the encoder's, by its logarithm; or hold it: then no weights have it."
+        "Learn from this temperature, or the encoder's, on (its logarithm); or hold it: weights lack it."
         start = torch.tensor(math.log(self.encoder.temperature if value is None else value))
         if learned: self.log_temperature = nn.Parameter(start)
         else: self.register_buffer("log_temperature", start, persistent=False)
@@ -43,7 +43,7 @@ class LearnedTemperature:
 # %% ../../nbs/methods/05_parts.ipynb #2f6b9d14
 def switches(method, encoder, config) -> dict:
     """What a run sets of `label_smoothing`, `aligned` and `temperature`, as far as the method reads them, and
-    whether the temperature is `learned`; nothing for a run older than recipes, which had all as in the paper."""
+    whether the last is `learned`; nothing for a run older than recipes, which had all as in the paper."""
     if getattr(config, "recipe", None) is None: return {}
     said = {name: getattr(config, name) for name in ("label_smoothing", "aligned") if name in method.options}
     held = method.paper["temperature"]
@@ -93,15 +93,15 @@ def either_order(triplet: Triplet, generator: torch.Generator) -> str:
 
 # %% ../../nbs/methods/05_parts.ipynb #6d28fa97
 class TwoStages:
-    """A second base class of a `Method` that trains its encoder and then a part on top of it:
-    `start_stages` in `__init__`, `enter_stage` before the losses, `reading` around what only stage one trains."""
+    """A second base class of a `Method` that trains its encoder and then a part on top of it: `start_stages`
+    in `__init__`, `enter_stage` before the losses, `reading` around what only stage one trains."""
 
     def start_stages(self) -> None:
         "The stage is a buffer: saved weights know which kind of query they were trained for."
         self.register_buffer("stage", torch.tensor(1))
 
     def enter_stage(self, progress: float) -> None:
-        "Stage 1 before the share `stages[0]` of the training, else stage 2, with the encoder out of training."
+        "Stage 1 before the share `stages[0]` of the training, else stage 2, with an encoder that rests."
         self.stage.fill_(1 if progress < self.stages[0] else 2)
         self.encoder.train(self.training and bool(self.stage == 1))
 

@@ -21,8 +21,8 @@ from .base import NativeEncoder, pretrained, random_model, tokenizer_of
 class BlipEncoder(NativeEncoder):
     """BLIP: image side frozen; the text encoder reads alone, or looking at a picture.
 
-    Of the tower's tokens `places` are kept (None: all), of a text `longest` word pieces are read; pictures are
-    squashed where `squash` asks for it, else padded."""
+    Of the tower's tokens `places` are kept (None: all), of a text `longest` word pieces are read, and
+    pictures are squashed where `squash` asks for it, else padded."""
 
     def __init__(self, model: BlipForImageTextRetrieval, tokenizer, places: int | None = None,
                  longest: int = 77, squash: bool = False):
@@ -88,7 +88,7 @@ def load_blip(name: str = "mini", device: str = "auto", places: int | None = Non
               longest: int = 77, squash: bool = False) -> BlipEncoder:
     """The BLIP of a hub id or local folder, or a random small one; on a GPU a real tower runs in bfloat16.
 
-    `places`, `longest` and `squash` are those of `BlipEncoder`. Weights that cannot be used raise `DataError`."""
+    `places`, `longest`, `squash`: those of `BlipEncoder`. Weights that cannot be used raise `DataError`."""
     words, place = tokenizer_of(name), resolve_device(device)
     model = small_blip(len(words)) if name == "mini" else pretrained(BlipForImageTextRetrieval, name)
     encoder = BlipEncoder(model, words, places, longest, squash).eval().to(place)
