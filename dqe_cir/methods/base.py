@@ -28,6 +28,7 @@ class Batch:
     target: Tensor  # (B,P,W) frozen image tokens of the targets
     group: Tensor  # (B,) int64; equal numbers mean equal answers
     negative: Tensor | None = None  # (B,K,P,W) tokens of K explicit negatives per query
+    again: list[str] | None = None  # B texts of the same triplets, drawn once more, for `draws_twice`
     progress: float = 0.0  # share of the training done, 0 to 1
     labels: Tensor | None = None  # (B,K) values that the captions name, for a method with readings
 
@@ -43,6 +44,8 @@ class Method(nn.Module):
     reduce = "max"  # how an image's T embeddings answer a query
     uses_negatives = False  # wants explicit negatives, one per query or more
     negatives = "trns"  # the sampler of these negatives, by its name in the trainer, where a run names none
+    draws_twice = False  # wants two independent draws of a triplet's text, the second in `Batch.again`
+    stages: tuple[float, ...] = ()  # shares of the training at which a further stage begins
     options: tuple[str, ...] = ()  # parameters of a run that this method reads and others do not
     published: dict[str, dict] = {}  # data set to the schedule its authors used with a full-size encoder
     paper: dict = {}  # what the recipe `paper` sets for this method, where it differs from plain training

@@ -178,10 +178,12 @@ def batch(self: TrainingSet, rows: list[int], method: Method, generator: torch.G
     "The batch of some rows; `negative` (B,K,P,W) holds the tokens of their explicit negatives."
     chosen = [self.triplets[row] for row in rows]
     reference = self.tokens[[triplet.reference for triplet in chosen]]
-    texts = [shown_text(method, triplet, self.captions, generator) for triplet in chosen]
+    drawn = [[shown_text(method, triplet, self.captions, generator) for triplet in chosen]
+             for _ in range(1 + method.draws_twice)]
     target = self.tokens[[triplet.target for triplet in chosen]]
     labels = None if self.labels is None else self.labels[rows]
-    return Batch(reference, texts, target, self.groups[rows], negative, progress, labels)
+    again = drawn[1] if method.draws_twice else None
+    return Batch(reference, drawn[0], target, self.groups[rows], negative, progress, labels, again)
 
 # %% ../../nbs/trainer/03_batches.ipynb #6e65a596
 def other_targets(data: TrainingSet, rows: list[int]) -> list[str]:
