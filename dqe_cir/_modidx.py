@@ -1899,7 +1899,10 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'dqe_cir.vocabulary.faulty': ('ideas/vocabulary.html#faulty', 'dqe_cir/vocabulary.py'),
                                     'dqe_cir.vocabulary.found_in': ('ideas/vocabulary.html#found_in', 'dqe_cir/vocabulary.py'),
                                     'dqe_cir.vocabulary.image_rivalry': ('ideas/vocabulary.html#image_rivalry', 'dqe_cir/vocabulary.py'),
+                                    'dqe_cir.vocabulary.judged': ('ideas/vocabulary.html#judged', 'dqe_cir/vocabulary.py'),
+                                    'dqe_cir.vocabulary.likeness': ('ideas/vocabulary.html#likeness', 'dqe_cir/vocabulary.py'),
                                     'dqe_cir.vocabulary.linkage': ('ideas/vocabulary.html#linkage', 'dqe_cir/vocabulary.py'),
+                                    'dqe_cir.vocabulary.merges': ('ideas/vocabulary.html#merges', 'dqe_cir/vocabulary.py'),
                                     'dqe_cir.vocabulary.mined_vocabulary': ( 'ideas/vocabulary.html#mined_vocabulary',
                                                                              'dqe_cir/vocabulary.py'),
                                     'dqe_cir.vocabulary.named_by': ('ideas/vocabulary.html#named_by', 'dqe_cir/vocabulary.py'),
@@ -1913,6 +1916,5 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'dqe_cir.vocabulary.shared_evenly': ('ideas/vocabulary.html#shared_evenly', 'dqe_cir/vocabulary.py'),
                                     'dqe_cir.vocabulary.spoken': ('ideas/vocabulary.html#spoken', 'dqe_cir/vocabulary.py'),
                                     'dqe_cir.vocabulary.stems': ('ideas/vocabulary.html#stems', 'dqe_cir/vocabulary.py'),
-                                    'dqe_cir.vocabulary.synonyms': ('ideas/vocabulary.html#synonyms', 'dqe_cir/vocabulary.py'),
                                     'dqe_cir.vocabulary.visible_words': ('ideas/vocabulary.html#visible_words', 'dqe_cir/vocabulary.py'),
                                     'dqe_cir.vocabulary.whitened': ('ideas/vocabulary.html#whitened', 'dqe_cir/vocabulary.py')}}}

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TOKENS', 'BORDERS', 'DENIALS', 'STOP_WORDS', 'DEGREES', 'BEFORE_ADJECTIVES', 'denies', 'spoken', 'phrases_in',
            'found_in', 'normal', 'check_values', 'Vocabulary', 'shared_evenly', 'said_by', 'stems', 'neighbours',
-           'comparatives', 'candidates', 'presence', 'centred', 'whitened', 'area_under_curve', 'recognised',
-           'visible_words', 'linkage', 'directions', 'synonyms', 'image_rivalry', 'caption_rivalry', 'rivalry',
-           'mined_vocabulary', 'arranged', 'check_rows', 'named_by', 'faulty']
+           'comparatives', 'judged', 'candidates', 'presence', 'centred', 'whitened', 'area_under_curve', 'recognised',
+           'visible_words', 'merges', 'linkage', 'directions', 'likeness', 'image_rivalry', 'caption_rivalry',
+           'rivalry', 'mined_vocabulary', 'arranged', 'check_rows', 'named_by', 'faulty']
 
 # %% ../nbs/ideas/06_vocabulary.ipynb #167e92af
 import re, zlib
@@ -22,7 +22,7 @@ from torch import Tensor
 # %% ../nbs/ideas/06_vocabulary.ipynb #696790d3
 TOKENS = re.compile(r"[^\W_]+(?:['’][^\W_]+)?|[,.;:!?]")
 BORDERS = frozenset("and but with".split())
-DENIALS = frozenset("no not without less never nor neither fewer than lacks lacking".split())
+DENIALS = frozenset("no not without less never nor neither fewer than rather lacks lacking remove".split())
 
 def denies(words: list[str], place: int) -> bool:
     "Does the word at this place deny what follows? `instead` does so before `of` alone."
@@ -190,21 +190,26 @@ def comparatives(captions: list[tuple[str, ...]]) -> set[str]:
     in_er = {word for word in words if word.endswith("er") and (word in graded or stems(word) & adjectives)}
     return in_er | {word for word, count in more.items() if count >= 0.5 * words[word]} - STOP_WORDS - DENIALS
 
-# %% ../nbs/ideas/06_vocabulary.ipynb #5cfdb7c5
-def candidates(captions: list[tuple[str, ...]], least: int = 20, most: float = 0.5) -> dict[str, int]:
-    """Phrases that may say a value, with the number of triplets that say them, the commonest first.
-
-    A phrase is said by at least `least` triplets and at most the share `most` of them."""
+# %% ../nbs/ideas/06_vocabulary.ipynb #469fefc6
+def judged(captions: list[tuple[str, ...]], least: int = 20, most: float = 0.5) -> dict[str, str]:
+    """Phrases said by at least `least` triplets, the commonest first, and what speaks against each: '' for nothing,
+    `said too often` (by more than the share `most`), `stop word`, `comparison`, or `part of` a longer phrase."""
     counts, compared, ends = said_by(captions), comparatives(captions), STOP_WORDS | DENIALS
-    kept = {}
-    for phrase, count in counts.items():
+    verdict = {}
+    for phrase, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         words = phrase.split(" ")
-        often = least <= count <= most * len(captions)
-        if often and not {words[0], words[-1]} & ends and not compared & set(words): kept[phrase] = count
-    whole = {part for phrase in kept if " " in phrase for part in phrase.split(" ")
-             if kept[phrase] >= 0.9 * counts[part]}
-    return {phrase: count for phrase, count in sorted(kept.items(), key=lambda item: (-item[1], item[0]))
-            if phrase not in whole}
+        if count < least: continue
+        if count > most * len(captions): verdict[phrase] = "said too often"
+        elif ends & {words[0], words[-1]}: verdict[phrase] = "stop word"
+        else: verdict[phrase] = "comparison" if compared & set(words) else ""
+    for whole in [phrase for phrase, against in verdict.items() if " " in phrase and not against]:
+        for part in whole.split(" "):
+            if not verdict[part] and counts[whole] >= 0.9 * counts[part]: verdict[part] = f"part of {whole}"
+    return verdict
+
+def candidates(captions: list[tuple[str, ...]], least: int = 20, most: float = 0.5) -> list[str]:
+    "Phrases that may say a value, the commonest first."
+    return [phrase for phrase, against in judged(captions, least, most).items() if not against]
 
 # %% ../nbs/ideas/06_vocabulary.ipynb #04f5e80a
 def presence(captions: list[tuple[str, ...]], phrases: list[str]) -> Tensor:
@@ -257,36 +262,49 @@ def recognised(captions: list[tuple[str, ...]], said: Tensor, reference: Tensor,
 def visible_words(captions: list[tuple[str, ...]], reference: Tensor, target: Tensor,
                   least: int = 20, most: float = 0.5, seen: float = 0.7) -> list[str]:
     "Phrases that captions say often and that whitened embeddings tell with an area of at least `seen`."
-    phrases = list(candidates(captions, least, most))
+    phrases = candidates(captions, least, most)
     said = presence(captions, phrases)
     area = recognised(captions, said, reference, target)
-    return [phrase for phrase, value in zip(phrases, area.tolist()) if value >= seen]
+    kept = (area >= seen) & (said.sum(0) >= least)
+    return [phrase for phrase, keep in zip(phrases, kept.tolist()) if keep]
 
-# %% ../nbs/ideas/06_vocabulary.ipynb #21227785
-def linkage(alike: Tensor, threshold: float) -> list[list[int]]:
-    "Groups of 0..n-1 by average linkage of a symmetric (n,n): the best pair merges while above `threshold`."
+# %% ../nbs/ideas/06_vocabulary.ipynb #dee6d326
+def merges(alike: Tensor, power: float = 1.0):
+    "Yields (how alike, first, second), two groups of items that merge next, until all of a symmetric (n,n) are one."
     groups = [[item] for item in range(len(alike))]
-    alike = alike.double().clone().fill_diagonal_(-torch.inf)
+    total, size = alike.double().clone(), torch.ones(len(alike), dtype=torch.float64)
     while len(groups) > 1:
-        first, second = sorted(divmod(alike.argmax().item(), len(groups)))
-        if not alike[first, second] > threshold: break
-        sizes = len(groups[first]), len(groups[second])
-        merged = (sizes[0] * alike[first] + sizes[1] * alike[second]) / sum(sizes)
-        alike[first], alike[:, first], alike[first, first] = merged, merged, -torch.inf
-        left = [place for place in range(len(groups)) if place != second]
-        alike = alike[left][:, left]
-        groups[first] += groups.pop(second)
-    return [sorted(group) for group in groups]
+        score = (total / (size.unsqueeze(1) * size) ** power).fill_diagonal_(-torch.inf)
+        first, second = sorted(divmod(score.argmax().item(), len(groups)))
+        yield score[first, second].item(), groups[first], groups[second]
+        total[first] += total[second]
+        total[:, first] += total[:, second]
+        size[first] += size[second]
+        left = torch.arange(len(groups)) != second
+        total, size = total[left][:, left], size[left]
+        groups[first] = groups[first] + groups.pop(second)
 
-# %% ../nbs/ideas/06_vocabulary.ipynb #c1285dc0
+def linkage(alike: Tensor, threshold: float, power: float = 1.0) -> list[list[int]]:
+    "The groups of 0..n-1 that are left when no two are alike by more than the threshold, by their first item."
+    groups = [[item] for item in range(len(alike))]
+    for score, first, second in merges(alike, power):
+        if not score > threshold: break
+        groups = [group for group in groups if group not in (first, second)] + [first + second]
+    return sorted(sorted(group) for group in groups)
+
+# %% ../nbs/ideas/06_vocabulary.ipynb #651496f9
 def directions(said: Tensor, target: Tensor) -> Tensor:
     "(W,D): unit mean of the whitened targets of which each of W things is said (N,W)."
     return F.normalize(said.T @ target / said.sum(0).clamp(min=1).unsqueeze(1), dim=1)
 
-def synonyms(said: Tensor, target: Tensor, alike: float = 0.5) -> list[list[int]]:
-    "Words (columns of N,W) in groups that say the same of the whitened targets (N,D)."
-    means = directions(said, target)
-    return linkage(means @ means.T, alike)
+def likeness(said: Tensor, target: Tensor) -> Tensor:
+    "(W,W): cosine of the directions of W words (N,W) in whitened targets (N,D), corrected for noise."
+    count = said.sum(0).clamp(min=1)
+    mean = said.T @ target / count.unsqueeze(1)
+    length = mean.square().sum(1)
+    scatter = (said.T @ target.square().sum(1) / count - length) * count / (count - 1).clamp(min=1)
+    true = torch.maximum(length - scatter / count, length / 5).clamp(min=1e-12)
+    return mean @ mean.T / (true.unsqueeze(1) * true).sqrt()
 
 # %% ../nbs/ideas/06_vocabulary.ipynb #9017cb11
 def image_rivalry(said: Tensor, reference: Tensor, target: Tensor) -> Tensor:
@@ -311,7 +329,7 @@ def rivalry(said: Tensor, reference: Tensor, target: Tensor) -> Tensor:
 # %% ../nbs/ideas/06_vocabulary.ipynb #b4c53992
 def mined_vocabulary(captions: list[tuple[str, ...]], reference: Tensor, target: Tensor,
                      categories: list[str | None] | None = None, least: int = 20, most: float = 0.5,
-                     seen: float = 0.7, alike: float = 0.5, rival: float = 1.0) -> Vocabulary:
+                     seen: float = 0.7, alike: float = 0.65, rival: float = 1.5) -> Vocabulary:
     """The attributes that captions speak of and that frozen embeddings (N,D) of references and targets show.
 
     Where nothing can be mined the vocabulary is empty. Rows that do not fit together raise `ValueError`."""
@@ -319,9 +337,9 @@ def mined_vocabulary(captions: list[tuple[str, ...]], reference: Tensor, target:
     reference, target = whitened(reference.cpu(), target.cpu(), categories or [None] * len(captions))
     words = visible_words(captions, reference, target, least, most, seen)
     said = presence(captions, words)
-    values = synonyms(said, target, alike)
+    values = linkage(likeness(said, target), alike)
     shown = torch.stack([said[:, value].amax(1) for value in values], dim=1) if values else said
-    rivals = linkage(rivalry(shown, reference, target), rival) if len(values) > 1 else []
+    rivals = linkage(rivalry(shown, reference, target), rival, power=0.5) if len(values) > 1 else []
     said_often = dict(zip(words, said.sum(0).tolist()))
     return arranged([[[words[word] for word in values[value]] for value in group] for group in rivals], said_often)
 
