@@ -1906,6 +1906,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'dqe_cir.vocabulary.mined_vocabulary': ( 'ideas/vocabulary.html#mined_vocabulary',
                                                                              'dqe_cir/vocabulary.py'),
                                     'dqe_cir.vocabulary.named_by': ('ideas/vocabulary.html#named_by', 'dqe_cir/vocabulary.py'),
+                                    'dqe_cir.vocabulary.narrowed': ('ideas/vocabulary.html#narrowed', 'dqe_cir/vocabulary.py'),
                                     'dqe_cir.vocabulary.neighbours': ('ideas/vocabulary.html#neighbours', 'dqe_cir/vocabulary.py'),
                                     'dqe_cir.vocabulary.normal': ('ideas/vocabulary.html#normal', 'dqe_cir/vocabulary.py'),
                                     'dqe_cir.vocabulary.phrases_in': ('ideas/vocabulary.html#phrases_in', 'dqe_cir/vocabulary.py'),
