@@ -118,13 +118,14 @@ def check_alike(**vectors: Tensor) -> None:
 
 # %% ../nbs/ideas/03_losses.ipynb #d868464b
 def batch_classification(query: Tensor, target: Tensor, group: Tensor | None = None,
-                         scale: float = 1.0) -> Tensor:
-    "In-batch cross-entropy (B,) of scaled dot products of queries (B,D) and targets (B,D)."
+                         scale: float | Tensor = 1.0, label_smoothing: float = 0.0) -> Tensor:
+    "In-batch cross-entropy (B,) of scaled dot products of queries (B,D) and targets (B,D): see `info_nce`."
     check_alike(query=query, target=target)
-    return info_nce(scale * products("id,jd->ij", query, target), group)
+    return info_nce(scale * products("id,jd->ij", query, target), group, label_smoothing)
 
 # %% ../nbs/ideas/03_losses.ipynb #f02dc6a1
-def hard_negative_rows(scores: Tensor, group: Tensor | None, alpha: float, beta: float) -> Tensor:
+def hard_negative_rows(scores: Tensor, group: Tensor | None, alpha: float, beta: float,
+                       label_smoothing: float = 0.0) -> Tensor:
     "HN-NCE of each row (B,) of scaled scores (B,B) against its own column."
     diagonal = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     wrong = in_batch_candidates(group, len(scores), scores.device) & ~diagonal
@@ -132,7 +133,10 @@ def hard_negative_rows(scores: Tensor, group: Tensor | None, alpha: float, beta:
     log_weight = share + wrong.sum(1, keepdim=True).clamp(min=1).log()
     own = math.log(alpha) if alpha else -torch.inf
     log_weight = log_weight.masked_fill(~wrong, -torch.inf).masked_fill(diagonal, own)
-    return (log_weight + scores).logsumexp(1) - scores.diagonal()
+    candidates = (wrong | diagonal).to(scores.dtype)
+    spread = (candidates * scores).sum(1) / candidates.sum(1)
+    labelled = (1 - label_smoothing) * scores.diagonal() + label_smoothing * spread
+    return (log_weight + scores).logsumexp(1) - labelled
 
 # %% ../nbs/ideas/03_losses.ipynb #00141c02
 def hn_nce(
@@ -140,34 +144,38 @@ def hn_nce(
     target: Tensor,  # (B,D)
     alpha: float = 1.0,  # weight of the target itself in the denominator
     beta: float = 0.5,  # how much harder negatives outweigh easier ones; 0: not at all
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     group: Tensor | None = None,  # (B,) equal numbers mean equal answers
+    label_smoothing: float = 0.0,  # share of the label that is spread over a row's candidates
 ) -> Tensor:  # (B,)
     "Contrastive loss with weighted negatives, query to target plus target to query."
     check_alike(query=query, target=target)
     scores = products("id,jd->ij", query, target) / temperature
-    return hard_negative_rows(scores, group, alpha, beta) + hard_negative_rows(scores.T, group, alpha, beta)
+    options = group, alpha, beta, label_smoothing
+    return hard_negative_rows(scores, *options) + hard_negative_rows(scores.T, *options)
 
 # %% ../nbs/ideas/03_losses.ipynb #7352b2bd
 def reversed_info_nce(back: Tensor, reference: Tensor, group: Tensor | None = None,
-                      scale: float = 100.0) -> Tensor:
+                      scale: float | Tensor = 100.0, label_smoothing: float = 0.0) -> Tensor:
     "Cross-entropy (B,) over targets j of `back` (B,B,D), text i on target j, against `reference` (B,D)."
     if back.dim() != 3 or back.shape[:2] != reference.shape[:1] * 2 or back.shape[2:] != reference.shape[1:]:
         shapes = f"{tuple(back.shape)} and {tuple(reference.shape)}"
         raise ValueError(f"back must be (B,B,D) and reference (B,D), not {shapes}")
-    return info_nce(scale * products("ijd,id->ij", back, reference), group)
+    return info_nce(scale * products("ijd,id->ij", back, reference), group, label_smoothing)
 
 # %% ../nbs/ideas/03_losses.ipynb #699f3b67
-def aleatoric(query: Tensor, augmented: Tensor, group: Tensor | None = None) -> Tensor:
+def aleatoric(query: Tensor, augmented: Tensor, group: Tensor | None = None,
+              label_smoothing: float = 0.0) -> Tensor:
     "Cross-entropy (B,) of queries against blurred targets, both (B,D), trusted less the wider they spread."
     check_alike(query=query, augmented=augmented)
     spread = augmented.std()
-    return (batch_classification(query, augmented, group) * (-spread).exp() + spread) / 2
+    wrong = batch_classification(query, augmented, group, label_smoothing=label_smoothing)
+    return (wrong * (-spread).exp() + spread) / 2
 
 # %% ../nbs/ideas/03_losses.ipynb #bb649720
 def batch_aleatoric(query: Tensor, target: Tensor, augmented: Tensor, progress: float,
-                    group: Tensor | None = None) -> Tensor:
+                    group: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
     "MGUR's objective (B,): from blurred targets towards sharp ones as `progress` goes from 0 to 1."
     gamma = math.exp(-progress)
-    sharp = batch_classification(query, target, group)
-    return gamma * aleatoric(query, augmented, group) + (1 - gamma) * sharp
+    sharp = batch_classification(query, target, group, label_smoothing=label_smoothing)
+    return gamma * aleatoric(query, augmented, group, label_smoothing) + (1 - gamma) * sharp

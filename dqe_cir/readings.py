@@ -22,16 +22,22 @@ class AttributeReadings(nn.Module):
 
     def __init__(self, sizes: tuple[int, ...], dimension: int, weight: float = WEIGHT):
         super().__init__()
-        if not sizes or min(sizes) < 2: raise ValueError(f"sizes={sizes}: an attribute has two values or more")
+        if min(sizes, default=0) < 2: raise ValueError(f"sizes={sizes}: an attribute has two values or more")
         if weight < 0: raise ValueError(f"weight={weight} must be at least 0")
         self.sizes = tuple(sizes)
         self.directions = nn.Parameter(0.1 * torch.randn(sum(sizes), dimension))
         self.root = nn.Parameter(torch.full((len(sizes),), math.sqrt(weight)))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.05)))
 
     @property
     def weights(self) -> Tensor:
         "(A,): what each attribute counts in the score."
         return self.root.detach().square()
+
+    @property
+    def gate_temperature(self) -> Tensor:
+        "Of the softmax that the weights learn from."
+        return self.log_temperature.clamp(math.log(0.01), math.log(0.5)).exp()
 
     def logits(self, vectors: Tensor) -> tuple[Tensor, ...]:
         "Vectors (...,D) to one tensor (...,K_a) per attribute."
@@ -75,7 +81,7 @@ def named_loss(self: AttributeReadings, vectors: Tensor, labels: Tensor) -> Tens
 # %% ../nbs/ideas/07_readings.ipynb #15b959c4
 @patch
 def agreement_loss(self: AttributeReadings, query: Tensor, target: Tensor) -> Tensor:
-    "(B,): mean over attributes of KL(reading of the target || reading of the query); the target stands still."
+    "(B,): mean over attributes of KL(the target's reading || the query's); the target stands still."
     total = query.new_zeros(len(query))
     for asked, shown in zip(self.logits(query), self.logits(target)):
         wanted = shown.detach().log_softmax(-1)

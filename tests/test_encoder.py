@@ -95,6 +95,35 @@ def test_rows_do_not_see_each_other_and_padding_is_not_read(tiny, order, extra):
     torch.testing.assert_close(tiny.encode_target(tokens)[list(order)], tiny.encode_target(tokens[list(order)]))
 
 
+@pytest.mark.parametrize("layers, looks", [(2, 2), (3, 2), (4, 2), (3, 1), (1, 1)])
+def test_what_is_read_does_not_depend_on_what_else_is_computed(tmp_path, layers, looks):
+    "The library's whole pass against the one that leaves out, in the last layer, what nobody reads: states and gradients."
+    def change(config): config.qformer_config.num_hidden_layers, config.qformer_config.cross_attention_frequency = layers, looks
+    encoder = load_encoder(str(write_checkpoint(tmp_path, change)), device="cpu")
+    tokens, last = encoder.image_tokens(pixels(3)), encoder.qformer.encoder.layer[-1]
+
+    def found(words, texts):
+        encoder.zero_grad()
+        fused, said = encoder.fuse(tokens, *encoder.tokenize(texts), words=words)
+        (encoder.text_projection(fused).sin().sum() + said[:, :words or 1].sin().sum()).backward()
+        return fused.detach(), said.detach(), {name: value.grad for name, value in encoder.named_parameters() if value.grad is not None}
+
+    for texts in (TEXTS, ["is red"] * 3):  # padded, and with nothing to mask
+        whole, part = found(None, texts), found(1, texts)
+        torch.testing.assert_close(part[0], whole[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(part[1], whole[1][:, :1], atol=1e-5, rtol=1e-4)
+        assert part[2].keys() == whole[2].keys()
+        for name, value in whole[2].items(): torch.testing.assert_close(part[2][name], value, atol=1e-4, rtol=1e-3, msg=name)
+        fused, none = found(0, texts)[:2]
+        torch.testing.assert_close(fused, whole[0], atol=1e-5, rtol=1e-4)
+        assert none.shape[1] == 0 and all(value.grad is None for value in last.intermediate.parameters())
+        ids, mask = encoder.tokenize(texts)
+        with torch.no_grad():
+            states = encoder.qformer(query_embeds=encoder.embeddings(input_ids=ids), query_length=0, attention_mask=mask).last_hidden_state
+            expected = torch.nn.functional.normalize(encoder.text_projection(states[:, 0]), dim=-1)
+            torch.testing.assert_close(encoder.encode_text(ids, mask), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_long_texts_are_cut_at_32_pieces(tiny):
     ids, mask = tiny.tokenize(["zebra " * 40, "is red"])
     assert ids.shape == mask.shape == (2, 32) and mask.sum(1).tolist() == [32, 4]

@@ -87,6 +87,7 @@ class DatasetSpec:
     splits: tuple[str, ...] = ("train", "val")  # what training, evaluation and submission need
     published: dict = field(default_factory=dict)  # split to gallery to (triplets, images)
     unused_images: bool = False  # training images that no triplet names
+    word_lists: dict[str, tuple] = field(default_factory=dict)  # attribute to values to phrases, by hand
     drawn: bool = False  # made here: pictures on demand, labels and all right answers known
     stand_in: bool = False  # the garments are also written in its layout, to stand in for it
     # ---- searching

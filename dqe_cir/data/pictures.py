@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'PICTURE_SUFFIXES', 'eight_bits', 'as_rgb', 'open_image', 'padded', 'resize_shorter',
-           'centre_crop', 'normalise', 'target_pad', 'square_pad', 'files_by_stem']
+           'centre_crop', 'normalise', 'target_pad', 'square_pad', 'squash', 'files_by_stem']
 
 # %% ../../nbs/data/01_pictures.ipynb #a4c01abc
 import os
@@ -83,6 +83,10 @@ def target_pad(image: Image.Image, ratio: float = 1.25, size: int = 224) -> Tens
 def square_pad(image: Image.Image, size: int = 224) -> Tensor:
     "Pad to a square with zeros, resize, normalise: float32 (3,size,size)."
     return target_pad(image, ratio=1.0, size=size)
+
+def squash(image: Image.Image, size: int = 224) -> Tensor:
+    "Resize to the square whatever the shape (bicubic), normalise: float32 (3,size,size)."
+    return normalise(as_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
 
 # %% ../../nbs/data/01_pictures.ipynb #b39367bd
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -8,12 +8,13 @@ __all__ = ['Batch', 'Method', 'check_range', 'parameter_groups']
 # %% ../../nbs/methods/00_base.ipynb #c50c55d7
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..data.base import Triplet
+from ..data.base import CIRDataset, Triplet
 from ..data.captions import caption_text, clean_caption, random_captions
 from ..encoder.blip2 import Blip2Encoder, load_encoder
 from ..retrieval import similarity
@@ -27,7 +28,9 @@ class Batch:
     target: Tensor  # (B,P,W) frozen image tokens of the targets
     group: Tensor  # (B,) int64; equal numbers mean equal answers
     negative: Tensor | None = None  # (B,K,P,W) tokens of K explicit negatives per query
+    again: list[str] | None = None  # B texts of the same triplets, drawn once more, for `draws_twice`
     progress: float = 0.0  # share of the training done, 0 to 1
+    labels: Tensor | None = None  # (B,K) values that the captions name, for a method with readings
 
     def to(self, device) -> "Batch":
         "The same batch on another device."
@@ -41,9 +44,12 @@ class Method(nn.Module):
     reduce = "max"  # how an image's T embeddings answer a query
     uses_negatives = False  # wants explicit negatives, one per query or more
     negatives = "trns"  # the sampler of these negatives, by its name in the trainer, where a run names none
+    draws_twice = False  # wants two independent draws of a triplet's text, the second in `Batch.again`
+    stages: tuple[float, ...] = ()  # shares of the training at which a further stage begins
     options: tuple[str, ...] = ()  # parameters of a run that this method reads and others do not
     published: dict[str, dict] = {}  # data set to the schedule its authors used with a full-size encoder
     paper: dict = {}  # what the recipe `paper` sets for this method, where it differs from plain training
+    common: dict = {}  # what the recipe `common` sets of the method's own options
     load_encoder = staticmethod(load_encoder)  # what reads the encoder of a name
     native: "type[Method] | None" = None  # the same system on its own backbone, where that is not BLIP-2
 
@@ -88,6 +94,21 @@ def query_text(self: Method, triplet: Triplet) -> str:
 @patch(cls_method=True)
 def check(cls: Method, config) -> None:
     "`ValueError` in one line that names option and value, for a run that cannot work."
+
+@patch(cls_method=True)
+def wants_negatives(cls: Method, config) -> bool:
+    "Does a run with these parameters learn from explicit negatives?"
+    return cls.uses_negatives
+
+# %% ../../nbs/methods/00_base.ipynb #d19786bb
+@patch
+def prepare(self: Method, dataset: CIRDataset, tokens, folder: Path) -> Tensor | None:
+    """Look at a training set, keep in the run's folder what is to be remembered, and return labels (N,K) of
+    the triplets, if the method wants any."""
+
+@patch
+def restore(self: Method, folder: Path) -> None:
+    "Take up again what `prepare` has kept in a folder."
 
 # %% ../../nbs/methods/00_base.ipynb #c5f8562b
 def check_range(config, name: str, below: float = math.inf, meaning: str = "") -> None:

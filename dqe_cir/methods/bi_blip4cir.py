@@ -17,7 +17,7 @@ from ..encoder.blip2 import Blip2Encoder
 from ..losses import batch_classification, reversed_info_nce
 from .base import Batch, Method
 from ..encoder.native.blip import load_blip
-from .parts import Combiner, StillImages, read_text
+from .parts import Combiner, LearnedTemperature, StillImages, TwoStages, read_text, switches
 
 # %% ../../nbs/methods/45_bi_blip4cir.ipynb #f16374e1
 def freeze_image_side(encoder: Blip2Encoder) -> None:
@@ -30,9 +30,12 @@ def freeze_image_side(encoder: Blip2Encoder) -> None:
     for part in idle: part.requires_grad_(False)
 
 # %% ../../nbs/methods/45_bi_blip4cir.ipynb #e7a60cb2
-class BiBLIP4CIR(Method):
+class BiBLIP4CIR(Method, LearnedTemperature, TwoStages):
     "Image plus directed text, then a combiner; the way back is a second term."
-    first_stage = 0.5  # share of the training that fine-tunes the text encoder
+    stages = (0.5,)  # share of the training that fine-tunes the text encoder
+    draws_twice = True  # a text for the way there, and one for the way back
+    options = ("label_smoothing", "temperature")
+    paper = {"temperature": 0.01}  # a scale of 100 in both stages
     # weight of the way back in both stages, as in the authors' program; on other data sets as on FashionIQ
     backward_weights = {"fashioniq": (0.4, 0.5), "cirr": (0.1, 0.1)}
     # The commands of the authors' README: stage one has 20 epochs at 5e-5 in batches of 128; the Combiner
@@ -41,18 +44,21 @@ class BiBLIP4CIR(Method):
         ("fashioniq", "cirr"), dict(epochs=40, lr=5e-5, batch_size=128, head_rate=0.4)
     )
 
-    def __init__(self, encoder: Blip2Encoder, backward: tuple[float, float] = (0.4, 0.5)):
+    def __init__(self, encoder: Blip2Encoder, backward: tuple[float, float] = (0.4, 0.5),
+                 label_smoothing: float = 0.0, temperature: float = 0.01, learned: bool = False):
         super().__init__(encoder)
-        self.backward = backward
+        self.backward, self.label_smoothing = backward, label_smoothing
+        self.start_temperature(temperature, learned)
+        self.start_stages()
         self.freeze_images()
         hidden, dimension = encoder.text_projection.in_features, encoder.text_projection.out_features
         self.combine = Combiner(dimension, 10 * dimension, 20 * dimension)
         self.direction = nn.Parameter(0.02 * torch.randn(2, hidden))  # forward, backward
-        self.register_buffer("stage", torch.tensor(1))
 
     @classmethod
     def from_config(cls, encoder, config):
-        return cls(encoder, cls.backward_weights.get(config.dataset, (0.4, 0.5)))
+        backward = cls.backward_weights.get(config.dataset, (0.4, 0.5))
+        return cls(encoder, backward, **switches(cls, encoder, config))
 
     def freeze_images(self) -> None:
         self.images = StillImages(self.encoder)
@@ -78,8 +84,7 @@ def read(self: BiBLIP4CIR, texts: list[str], prompt: Tensor) -> Tensor:
 @patch
 def text_vector(self: BiBLIP4CIR, texts: list[str], way: int) -> Tensor:
     "B texts to vectors (B,D), read forward (0) or backward (1); frozen in the second stage."
-    with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.stage == 1)):
-        return self.read(texts, self.direction[way : way + 1])
+    with self.reading(): return self.read(texts, self.direction[way : way + 1])
 
 @patch
 def compose(self: BiBLIP4CIR, image: Tensor, text: Tensor) -> Tensor:
@@ -99,16 +104,22 @@ def encode_query(self: BiBLIP4CIR, reference: Tensor, texts: list[str]) -> Tenso
 
 # %% ../../nbs/methods/45_bi_blip4cir.ipynb #44d61489
 @patch
+def way_back(self: BiBLIP4CIR, batch: Batch) -> Tensor:
+    "Queries (B,B,D) of all pairs of the other draw of text i, read backward, and target j."
+    text = self.text_vector(batch.again or batch.texts, 1)
+    image = self.image_vector(batch.target)  # as it comes in stage two
+    if self.stage == 1: image = F.normalize(image, dim=-1)
+    return self.compose(image.unsqueeze(0), text.unsqueeze(1))
+
+@patch
 def losses(self: BiBLIP4CIR, batch: Batch) -> dict[str, Tensor]:
     "`forward` and `backward`, (B,) each."
-    self.stage.fill_(1 if batch.progress < self.first_stage else 2)
+    self.enter_stage(batch.progress)
     query = self.encode_query(batch.reference, batch.texts)
-    target = self.encode_target(batch.target).squeeze(1)
-    text = self.text_vector(batch.texts, 1)
-    back = self.compose(target.unsqueeze(0), text.unsqueeze(1))  # (B,B,D): text i, target j
-    reference = self.encode_target(batch.reference).squeeze(1)
-    forward = batch_classification(query, target, batch.group, scale=100)
-    return {"forward": forward, "backward": reversed_info_nce(back, reference, batch.group)}
+    target, reference = (self.encode_target(side).squeeze(1) for side in (batch.target, batch.reference))
+    options = batch.group, 1 / self.temperature, self.label_smoothing
+    forward = batch_classification(query, target, *options)
+    return {"forward": forward, "backward": reversed_info_nce(self.way_back(batch), reference, *options)}
 
 # %% ../../nbs/methods/45_bi_blip4cir.ipynb #007a6757
 class NativeBiBLIP4CIR(BiBLIP4CIR):

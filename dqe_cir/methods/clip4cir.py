@@ -15,35 +15,37 @@ from ..encoder.blip2 import Blip2Encoder
 from ..losses import batch_classification
 from .base import Batch, Method
 from ..encoder.native.clip import load_clip
-from .parts import Combiner
+from .parts import Combiner, LearnedTemperature, TwoStages, switches
 
 # %% ../../nbs/methods/40_clip4cir.ipynb #8194492d
-class CLIP4Cir(Method):
+class CLIP4Cir(Method, LearnedTemperature, TwoStages):
     "Image plus text; then a combiner on frozen encoders."
-    first_stage = 0.5  # share of the training that fine-tunes the encoders
+    stages = (0.5,)  # share of the training that fine-tunes the encoders
+    options = ("label_smoothing", "temperature")
+    paper = {"temperature": 0.01}  # a scale of 100 in both stages
     # The commands of the authors' README: stage one has 100 epochs at 2e-6 in batches of 128; the Combiner
     # learns at 2e-5, ten times as fast, for 300 epochs in batches of 4,096. Here: two halves of one run.
     published = dict.fromkeys(
         ("fashioniq", "cirr"), dict(epochs=200, lr=2e-6, batch_size=128, head_rate=10.0)
     )
 
-    def __init__(self, encoder: Blip2Encoder):
+    def __init__(self, encoder: Blip2Encoder, label_smoothing: float = 0.0, temperature: float = 0.01,
+                 learned: bool = False):
         super().__init__(encoder)
+        self.label_smoothing = label_smoothing
+        self.start_temperature(temperature, learned)
+        self.start_stages()
         dimension = encoder.text_projection.out_features
         self.combine = Combiner(dimension, 4 * dimension, 8 * dimension)
-        self.register_buffer("stage", torch.tensor(1))
+
+    @classmethod
+    def from_config(cls, encoder, config): return cls(encoder, **switches(cls, encoder, config))
 
     def image_vector(self, tokens: Tensor) -> Tensor:
         return self.encoder.encode_target(tokens).mean(1)  # (N,D)
 
     def text_vector(self, texts: list[str]) -> Tensor:
         return self.encoder.encode_text(*self.encoder.tokenize(texts))  # (B,D)
-
-# %% ../../nbs/methods/40_clip4cir.ipynb #3ec5bd2b
-@patch
-def reading(self: CLIP4Cir):
-    "A context in which the encoders are trained in the first stage, and frozen in the second."
-    return torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.stage == 1))
 
 # %% ../../nbs/methods/40_clip4cir.ipynb #db6102fc
 @patch
@@ -61,10 +63,12 @@ def encode_query(self: CLIP4Cir, reference: Tensor, texts: list[str]) -> Tensor:
 @patch
 def losses(self: CLIP4Cir, batch: Batch) -> dict[str, Tensor]:
     "One term, `batch_classification` (B,); the progress of the training says which stage it is."
-    self.stage.fill_(1 if batch.progress < self.first_stage else 2)
+    self.enter_stage(batch.progress)
     query = self.encode_query(batch.reference, batch.texts)
     target = self.encode_target(batch.target).squeeze(1)
-    return {"batch_classification": batch_classification(query, target, batch.group, scale=100)}
+    scale = 1 / self.temperature
+    loss = batch_classification(query, target, batch.group, scale, self.label_smoothing)
+    return {"batch_classification": loss}
 
 # %% ../../nbs/methods/40_clip4cir.ipynb #b3a95092
 class NativeCLIP4Cir(CLIP4Cir):

@@ -11,37 +11,49 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..attributes import aligned_target
 from ..data.base import Triplet
 from ..encoder.blip2 import Blip2Encoder
 from ..encoder.native.resnet import load_resnet
 from ..losses import batch_classification
 from .base import Batch, Method
-from .parts import ContentStyle, MapEmbedding, either_order, read_text
+from .parts import ContentStyle, LearnedTemperature, MapEmbedding
+from .parts import either_order, read_text, switches
 
 # %% ../../nbs/methods/20_cosmo.ipynb #db848c9b
-class CoSMo(Method):
+class CoSMo(Method, LearnedTemperature):
     "The reference's map, content and style changed by the text, embedded like an image."
+    options = ("label_smoothing", "temperature", "aligned")
+    paper = {"temperature": 1 / 16}  # vectors of length 4 on both sides
     published = {  # the authors' configuration: 50 epochs, 2e-4 for all, here for what is not pretrained
         "fashioniq": dict(epochs=50, head_rate=40.0),  # 40 x 5e-6
         "cirr": dict(head_rate=20.0),  # 20 x 1e-5; they did not train on CIRR
     }
 
-    def __init__(self, encoder: Blip2Encoder):
+    def __init__(self, encoder: Blip2Encoder, label_smoothing: float = 0.0, temperature: float = 1 / 16,
+                 learned: bool = False, aligned: bool = False):
         super().__init__(encoder)
+        self.label_smoothing, self.aligned = label_smoothing, aligned
+        self.start_temperature(temperature, learned)
         hidden = encoder.text_projection.in_features
         encoder.text_projection.requires_grad_(False)  # texts are never compared with images here
         self.text = nn.Sequential(nn.Dropout(0.1), nn.Linear(hidden, hidden))
         self.change = ContentStyle(encoder.ln_vision.weight.shape[0], hidden)
 
+    @classmethod
+    def from_config(cls, encoder, config): return cls(encoder, **switches(cls, encoder, config))
+
 # %% ../../nbs/methods/20_cosmo.ipynb #38958145
 @patch
 def encode_target(self: CoSMo, tokens: Tensor) -> Tensor:
-    "(N,P,W) to unit vectors (N,1,D)."
-    return F.normalize(self.encoder.encode_target(tokens).mean(1, keepdim=True), dim=-1)
+    "(N,P,W) to unit vectors (N,1,D), or (N,1,T*D) when aligned."
+    embeddings = self.encoder.encode_target(tokens)
+    if self.aligned: return aligned_target(embeddings)
+    return F.normalize(embeddings.mean(1, keepdim=True), dim=-1)
 
 @patch
 def encode_query(self: CoSMo, reference: Tensor, texts: list[str]) -> Tensor:
-    "(B,P,W) and B texts to unit queries (B,D)."
+    "(B,P,W) and B texts to unit queries (B,D), or (B,T*D) when aligned."
     text = self.text(read_text(self.encoder, *self.encoder.tokenize(texts))[:, 0])
     return self.encode_target(self.change(reference, text)).squeeze(1)
 
@@ -51,7 +63,9 @@ def losses(self: CoSMo, batch: Batch) -> dict[str, Tensor]:
     "One term, `batch_classification` (B,)."
     query = self.encode_query(batch.reference, batch.texts)
     target = self.encode_target(batch.target).squeeze(1)
-    return {"batch_classification": batch_classification(4 * query, 4 * target, batch.group)}
+    scale = 1 / self.temperature
+    loss = batch_classification(query, target, batch.group, scale, self.label_smoothing)
+    return {"batch_classification": loss}
 
 # %% ../../nbs/methods/20_cosmo.ipynb #92e155fe
 @patch
@@ -60,13 +74,18 @@ def training_text(self: CoSMo, triplet: Triplet, generator: torch.Generator) -> 
     return either_order(triplet, generator)
 
 # %% ../../nbs/methods/20_cosmo.ipynb #27cff45d
-class NativeCoSMo(Method):
+class NativeCoSMo(Method, LearnedTemperature):
     "CoSMo on the last map of a ResNet, with an LSTM as reader."
     load_encoder = staticmethod(load_resnet)
-    training_text, losses, published = CoSMo.training_text, CoSMo.losses, CoSMo.published
+    training_text, losses, published, paper = CoSMo.training_text, CoSMo.losses, CoSMo.published, CoSMo.paper
+    options = ("label_smoothing", "temperature")
+    from_config = classmethod(CoSMo.from_config.__func__)
 
-    def __init__(self, encoder, size: int = 512):
+    def __init__(self, encoder, label_smoothing: float = 0.0, temperature: float = 1 / 16,
+                 learned: bool = False, size: int = 512):
         super().__init__(encoder)
+        self.label_smoothing = label_smoothing
+        self.start_temperature(temperature, learned)
         self.text = nn.Sequential(nn.Dropout(0.1), nn.Linear(encoder.reader.size, size))
         self.embed = MapEmbedding(encoder.width, size, size)
 

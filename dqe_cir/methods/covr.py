@@ -13,41 +13,56 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
+from ..attributes import aligned_target
 from ..data.base import Triplet
 from ..data.captions import clean_caption, stripped
 from ..encoder.blip2 import Blip2Encoder
 from ..losses import hn_nce
 from .base import Batch, Method
 from ..encoder.native.blip import load_blip
-from .parts import StillImages, freeze_last_words
+from .parts import LearnedTemperature, StillImages, freeze_last_words, switches
 
 # %% ../../nbs/methods/50_covr.ipynb #7fb6c4b6
-class CoVR(Method):
+class CoVR(Method, LearnedTemperature):
     "Mean of unit states on both sides; the gallery is fixed; hard negatives weigh more."
     reduce = "mean"
-    published = {  # the authors' configuration: 6 epochs at 1e-4, batches of 256 and 512 on each of two GPUs
+    options = ("label_smoothing", "temperature", "aligned")
+    paper = {"temperature": 0.07}
+    # The authors' configuration: BLIP-2 after its training on COCO (Salesforce/blip2-itm-vit-g-coco, 364
+    # pixels), 6 epochs at 1e-4, batches of 256 and 512 on each of two GPUs.
+    published = {
         "fashioniq": dict(epochs=6, lr=1e-4, batch_size=512),
         "cirr": dict(epochs=6, lr=1e-4, batch_size=1024),
     }
 
-    def __init__(self, encoder: Blip2Encoder):
+    def __init__(self, encoder: Blip2Encoder, label_smoothing: float = 0.0, temperature: float = 0.07,
+                 learned: bool = False, aligned: bool = False):
         super().__init__(encoder)
+        self.label_smoothing, self.aligned = label_smoothing, aligned
+        self.start_temperature(temperature, learned)
         self.images = StillImages(encoder)
         freeze_last_words(encoder)
         for part in (encoder.ln_vision, encoder.vision_projection): part.requires_grad_(False)
 
-    def encode_target(self, tokens: Tensor) -> Tensor: return self.images(tokens)  # (N,T,D)
+    @classmethod
+    def from_config(cls, encoder, config): return cls(encoder, **switches(cls, encoder, config))
 
 # %% ../../nbs/methods/50_covr.ipynb #0362cda9
 @patch
+def encode_target(self: CoVR, tokens: Tensor) -> Tensor:
+    "(N,P,W) to unit embeddings (N,T,D), or one long vector (N,1,T*D) when aligned."
+    return aligned_target(self.images(tokens)) if self.aligned else self.images(tokens)
+
+@patch
 def composed(self: CoVR, reference: Tensor, texts: list[str]) -> Tensor:
-    "Queries (B,D) as the loss sees them: means of unit vectors, shorter than 1."
-    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
-    return F.normalize(self.encoder.text_projection(fused), dim=-1).mean(1)
+    "Queries (B,D) as the loss sees them: means of unit vectors, shorter than 1; unit (B,T*D) when aligned."
+    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts), words=0)
+    states = F.normalize(self.encoder.text_projection(fused), dim=-1)
+    return aligned_target(states).squeeze(1) if self.aligned else states.mean(1)
 
 @patch
 def encode_query(self: CoVR, reference: Tensor, texts: list[str]) -> Tensor:
-    "(B,P,W) and B texts to unit queries (B,D)."
+    "(B,P,W) and B texts to unit queries (B,D), or (B,T*D) when aligned."
     return F.normalize(self.composed(reference, texts), dim=-1)
 
 # %% ../../nbs/methods/50_covr.ipynb #9a88ac7b
@@ -56,7 +71,8 @@ def losses(self: CoVR, batch: Batch) -> dict[str, Tensor]:
     "One term, `hn_nce` (B,)."
     query = self.composed(batch.reference, batch.texts)
     target = self.encode_target(batch.target).mean(1)
-    return {"hn_nce": hn_nce(query, target, group=batch.group)}
+    options = dict(temperature=self.temperature, label_smoothing=self.label_smoothing)
+    return {"hn_nce": hn_nce(query, target, group=batch.group, **options)}
 
 # %% ../../nbs/methods/50_covr.ipynb #97a32d7e
 @patch
@@ -72,10 +88,19 @@ def training_text(self: CoVR, triplet: Triplet, generator: torch.Generator) -> s
     return self.query_text(triplet)
 
 # %% ../../nbs/methods/50_covr.ipynb #a1a06fa6
-class NativeCoVR(Method):
+class NativeCoVR(Method, LearnedTemperature):
     "A text that looks at the reference, towards a gallery of frozen class tokens."
-    load_encoder = staticmethod(partial(load_blip, longest=64))
-    query_text, training_text, published = CoVR.query_text, CoVR.training_text, CoVR.published
+    load_encoder = staticmethod(partial(load_blip, longest=64, squash=True))
+    query_text, training_text = CoVR.query_text, CoVR.training_text
+    published, paper = CoVR.published, CoVR.paper
+    options = ("label_smoothing", "temperature")
+    from_config = classmethod(CoVR.from_config.__func__)
+
+    def __init__(self, encoder, label_smoothing: float = 0.0, temperature: float = 0.07,
+                 learned: bool = False):
+        super().__init__(encoder)
+        self.label_smoothing = label_smoothing
+        self.start_temperature(temperature, learned)
 
     def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
         "(B,P,W) and B texts to unit queries (B,D)."
@@ -84,6 +109,8 @@ class NativeCoVR(Method):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         "One term, `hn_nce` (B,)."
         query = self.encode_query(batch.reference, batch.texts)
-        return {"hn_nce": hn_nce(query, self.encode_target(batch.target).squeeze(1), group=batch.group)}
+        target = self.encode_target(batch.target).squeeze(1)
+        options = dict(temperature=self.temperature, label_smoothing=self.label_smoothing)
+        return {"hn_nce": hn_nce(query, target, group=batch.group, **options)}
 
 CoVR.native = NativeCoVR

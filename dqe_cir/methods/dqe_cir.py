@@ -16,19 +16,22 @@ from ..encoder.blip2 import Blip2Encoder
 from ..losses import info_nce, margin, pairwise_kl, products
 from .base import Batch, Method, check_range
 from .parts import LearnedTemperature
+from .readings import READING_OPTIONS, ReadsAttributes, check_readings
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #a9841f7d
 RANK_MARGIN, ATTRIBUTE_MARGINS = 0.10, {"colour": 0.15, "shape": 0.10}
 
-class DQECIR(Method, LearnedTemperature):
+class DQECIR(Method, LearnedTemperature, ReadsAttributes):
     "Attribute-aware queries trained on one target relative negative each."
     uses_negatives = True
     options = (
         "aligned", "label_smoothing", "attribute_mode", "pair_smoothing",
         "preference_weight", "ranking_weight", "attribute_weight", "contrastive_weight",
-        "mined_columns", "attribute_negatives", "temperature",
+        "mined_columns", "attribute_negatives", "temperature", *READING_OPTIONS,
     )
     paper = dict(captions="some", temperature=0.07, zone="absolute")  # and our readings where none is stated
+    common = dict(readings="mined", attribute_mode="off", preference_weight=0.0, ranking_weight=0.0,
+                  attribute_weight=0.0, contrastive_weight=1.0)  # our reading: sub-queries that read
     published = dict.fromkeys(("fashioniq", "cirr"), dict(head_rate=20.0))  # our reading: none is stated
 
     def __init__(
@@ -46,6 +49,7 @@ class DQECIR(Method, LearnedTemperature):
         mined_columns: bool = False,
         attributes: dict[str, float] = ATTRIBUTE_MARGINS,
         temperature: float | None = None,
+        config=None,
     ):
         super().__init__(encoder)
         names = tuple(checked_attributes(attributes))
@@ -55,6 +59,7 @@ class DQECIR(Method, LearnedTemperature):
         self.weights = {"preference": preference, "ranking": ranking, "contrastive": contrastive}
         self.weights |= dict.fromkeys(attributes, attribute)
         self.start_temperature(temperature)
+        self.will_read(config)
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #1690b04c
 @patch(cls_method=True)
@@ -73,27 +78,33 @@ def from_config(cls: DQECIR, encoder: Blip2Encoder, config) -> DQECIR:
         own=config.attribute_negatives == "own",
         mined_columns=config.mined_columns,
         temperature=config.temperature,
+        config=config,
     )
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #cd562f59
 @patch
 def composed(self: DQECIR, reference: Tensor, texts: list[str]) -> ComposedQuery:
     "The query (B,D) of reference tokens (B,P,W) and B texts, with its parts, gate and attention."
-    fused, words = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
+    fused, words = self.encoder.fuse(reference, *self.encoder.tokenize(texts), words=1)
     return self.compose(fused, words, self.encoder.text_projection)
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #252028c4
 @patch
 def encode_query(self: DQECIR, reference: Tensor, texts: list[str]) -> Tensor:
-    "(B,P,W) and B texts to unit queries (B,D), or (B,T*D) when aligned."
-    return self.composed(reference, texts).query
+    "(B,P,W) and B texts to queries (B,D), or (B,T*D) when aligned, with their readings behind them."
+    return self.with_reading(self.composed(reference, texts).query)
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #4690da4f
 @patch
-def encode_target(self: DQECIR, tokens: Tensor) -> Tensor:
+def plain_target(self: DQECIR, tokens: Tensor) -> Tensor:
     "Unit embeddings (N,T,D), or one long vector (N,1,T*D) when aligned."
     embeddings = self.encoder.encode_target(tokens)
     return aligned_target(embeddings) if self.aligned else embeddings
+
+@patch
+def encode_target(self: DQECIR, tokens: Tensor) -> Tensor:
+    "The plain embeddings, with the image's reading behind each where there are readings."
+    return self.with_image_reading(self.plain_target(tokens))
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #36eddd0d
 @patch(cls_method=True)
@@ -106,8 +117,16 @@ def check(cls: DQECIR, config) -> None:
     for name in weights: check_range(config, name)
     if not any(getattr(config, name) for name in weights):
         raise ValueError(f"{', '.join(weights)} are all 0: after the warm-up nothing would be learned")
+    check_readings(config)
     if config.mined_columns: check_columns(config)
     if config.attribute_negatives == "own": check_own(config)
+
+# %% ../../nbs/methods/80_dqe_cir.ipynb #d796ac5a
+@patch(cls_method=True)
+def wants_negatives(cls: DQECIR, config) -> bool:
+    "Has a term that looks at mined images a weight?"
+    return bool(config.preference_weight or config.ranking_weight or config.attribute_weight
+                or config.mined_columns)
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #66cc40cc
 def check_columns(config) -> None:
@@ -139,15 +158,16 @@ def checked_attributes(attributes: dict[str, float]) -> dict[str, float]:
 # %% ../../nbs/methods/80_dqe_cir.ipynb #e4b5c4ed
 @patch
 def losses(self: DQECIR, batch: Batch) -> dict[str, Tensor]:
-    """Warm-up: one contrastive term. Afterwards `preference`, `ranking`, one term per attribute, and
-    `contrastive` if it has a weight; (B,) each."""
-    composed, target = self.composed(batch.reference, batch.texts), self.encode_target(batch.target)
-    if batch.negative is None: return {"warm_up": self.contrastive(composed.query, target, batch)}
-    negative = self.encode_target(batch.negative.flatten(0, 1)).unflatten(0, batch.negative.shape[:2])
-    terms = self.pair_terms(composed, target, negative, batch.texts)
+    """Warm-up, and wherever no pairwise term has a weight: one contrastive term. Else `preference`, `ranking`, one term
+    per attribute, and `contrastive` if it has a weight. With readings also theirs; (B,) each."""
+    query, target = self.composed(batch.reference, batch.texts), self.plain_target(batch.target)
+    read = self.reading_terms(query.query, target, batch)
+    if batch.negative is None: return {"warm_up": self.contrastive(query.query, target, batch), **read}
+    negative = self.plain_target(batch.negative.flatten(0, 1)).unflatten(0, batch.negative.shape[:2])
+    terms = self.pair_terms(query, target, negative, batch.texts) | read
     if not self.weights["contrastive"]: return terms
     further = negative if self.mined_columns else None
-    return {**terms, "contrastive": self.contrastive(composed.query, target, batch, further)}
+    return {**terms, "contrastive": self.contrastive(query.query, target, batch, further)}
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #84c0fc4a
 @patch

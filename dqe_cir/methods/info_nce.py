@@ -16,13 +16,14 @@ from ..encoder.blip2 import Blip2Encoder
 from ..losses import info_nce
 from .base import Batch, Method, check_range
 from .parts import LearnedTemperature, freeze_last_words
+from .readings import READING_OPTIONS, ReadsAttributes, check_readings
 
 # %% ../../nbs/methods/10_info_nce.ipynb #bfe5be1d
 LIKENESS_TEMPERATURE = 0.1  # of the similarity of two targets, for soft_labels="target"
 
-class InfoNCE(Method, LearnedTemperature):
+class InfoNCE(Method, LearnedTemperature, ReadsAttributes):
     "Joint Q-Former query against the gallery's best token; in-batch softmax with softened labels."
-    options = ("label_smoothing", "aligned", "soft_labels", "temperature")
+    options = ("label_smoothing", "aligned", "soft_labels", "temperature", *READING_OPTIONS)
     paper = dict(captions="some")  # nobody's: plain InfoNCE, as SPRC and QuRe would write it
 
     def __init__(
@@ -32,45 +33,60 @@ class InfoNCE(Method, LearnedTemperature):
         aligned: bool = False,
         soft_labels: str = "even",
         temperature: float | None = None,
+        config=None,
     ):
         super().__init__(encoder)
         freeze_last_words(encoder)
         self.label_smoothing, self.aligned, self.soft_labels = label_smoothing, aligned, soft_labels
         self.start_temperature(temperature)
+        self.will_read(config)
 
     @classmethod
     def from_config(cls, encoder, config):
         own = config.label_smoothing, config.aligned, config.soft_labels, config.temperature
-        return cls(encoder, *own)
+        return cls(encoder, *own, config)
 
     @classmethod
     def check(cls, config) -> None:
         "A label keeps some of its share, and has some to spread where likeness is to spread it."
         check_range(config, "label_smoothing", 1)
+        check_readings(config)
         if config.soft_labels == "target" and not config.label_smoothing:
             raise ValueError("soft_labels=target spreads the softened share: label_smoothing=0 leaves none")
 
 # %% ../../nbs/methods/10_info_nce.ipynb #a1986885
 @patch
-def encode_query(self: InfoNCE, reference: Tensor, texts: list[str]) -> Tensor:
+def plain_query(self: InfoNCE, reference: Tensor, texts: list[str]) -> Tensor:
     "(B,P,W) and B texts to unit queries (B,D), or (B,T*D) when aligned."
-    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
+    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts), words=0)
     even = fused.new_full(fused.shape[:2], 1 / fused.shape[1])
     return join_states(self.encoder.text_projection(fused), even, self.aligned)
 
 # %% ../../nbs/methods/10_info_nce.ipynb #134c6df5
 @patch
-def encode_target(self: InfoNCE, tokens: Tensor) -> Tensor:
+def plain_target(self: InfoNCE, tokens: Tensor) -> Tensor:
     "Unit embeddings (N,T,D), or one long vector (N,1,T*D) when aligned."
     embeddings = self.encoder.encode_target(tokens)
     return aligned_target(embeddings) if self.aligned else embeddings
 
+# %% ../../nbs/methods/10_info_nce.ipynb #dcadee68
+@patch
+def encode_query(self: InfoNCE, reference: Tensor, texts: list[str]) -> Tensor:
+    "The plain query, with its reading of K values behind it where there are readings."
+    return self.with_reading(self.plain_query(reference, texts))
+
+@patch
+def encode_target(self: InfoNCE, tokens: Tensor) -> Tensor:
+    "The plain embeddings, with the image's reading behind each where there are readings."
+    return self.with_image_reading(self.plain_target(tokens))
+
 # %% ../../nbs/methods/10_info_nce.ipynb #bdb8a9c7
 @patch
 def losses(self: InfoNCE, batch: Batch) -> dict[str, Tensor]:
-    "One term, `info_nce` (B,)."
-    target = self.encode_target(batch.target)
-    scores = self.score(self.encode_query(batch.reference, batch.texts), target)
+    "`info_nce` (B,), and the terms of the readings where there are some."
+    query, target = self.plain_query(batch.reference, batch.texts), self.plain_target(batch.target)
+    scores = self.score(query, target)
     flat = F.normalize(target.detach().flatten(1), dim=-1)
     likeness = flat @ flat.T / LIKENESS_TEMPERATURE if self.soft_labels == "target" else None
-    return {"info_nce": info_nce(scores / self.temperature, batch.group, self.label_smoothing, likeness)}
+    loss = info_nce(scores / self.temperature, batch.group, self.label_smoothing, likeness)
+    return {"info_nce": loss, **self.reading_terms(query, target, batch)}

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from ..attributes import aligned_target
 from ..data.base import Triplet
 from ..encoder.blip2 import Blip2Encoder
 from ..encoder.native.resnet import load_resnet
 from ..losses import batch_aleatoric
 from .base import Batch, Method
-from .parts import ContentStyle, MapEmbedding, either_order, read_text
+from .parts import ContentStyle, LearnedTemperature, MapEmbedding
+from .parts import either_order, read_text, switches
 
 # %% ../../nbs/methods/30_mgur.ipynb #81d3b393
 def blurred(features: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -32,19 +34,27 @@ def blur_noise(features: Tensor) -> tuple[Tensor, Tensor]:
     return 1 + deviation * torch.randn_like(features), mean + deviation * torch.randn_like(features)
 
 # %% ../../nbs/methods/30_mgur.ipynb #ae5abebd
-class MGUR(Method):
+class MGUR(Method, LearnedTemperature):
     "CoSMo's composition, trained from blurred targets towards sharp ones."
+    options = ("label_smoothing", "temperature", "aligned")
+    paper = {"temperature": 1 / 16}  # vectors of length 4 on both sides
     published = {  # the authors' 60 epochs; their rate, 0.02, is for plain gradient descent: CoSMo's instead
         "fashioniq": dict(epochs=60, head_rate=40.0),
         "cirr": dict(head_rate=20.0),  # they did not train on CIRR
     }
 
-    def __init__(self, encoder: Blip2Encoder):
+    def __init__(self, encoder: Blip2Encoder, label_smoothing: float = 0.0, temperature: float = 1 / 16,
+                 learned: bool = False, aligned: bool = False):
         super().__init__(encoder)
+        self.label_smoothing, self.aligned = label_smoothing, aligned
+        self.start_temperature(temperature, learned)
         hidden = encoder.text_projection.in_features
         encoder.text_projection.requires_grad_(False)  # texts are never compared with images here
         self.text = nn.Linear(hidden, hidden)
         self.change = ContentStyle(encoder.ln_vision.weight.shape[0], hidden)
+
+    @classmethod
+    def from_config(cls, encoder, config): return cls(encoder, **switches(cls, encoder, config))
 
     def training_text(self, triplet: Triplet, generator: torch.Generator) -> str:
         "Both captions in random order."
@@ -53,12 +63,14 @@ class MGUR(Method):
 # %% ../../nbs/methods/30_mgur.ipynb #03bbec1c
 @patch
 def encode_target(self: MGUR, tokens: Tensor) -> Tensor:
-    "(N,P,W) to unit vectors (N,1,D)."
-    return F.normalize(self.encoder.encode_target(tokens).mean(1, keepdim=True), dim=-1)
+    "(N,P,W) to unit vectors (N,1,D), or (N,1,T*D) when aligned."
+    embeddings = self.encoder.encode_target(tokens)
+    if self.aligned: return aligned_target(embeddings)
+    return F.normalize(embeddings.mean(1, keepdim=True), dim=-1)
 
 @patch
 def encode_query(self: MGUR, reference: Tensor, texts: list[str]) -> Tensor:
-    "(B,P,W) and B texts to unit queries (B,D)."
+    "(B,P,W) and B texts to unit queries (B,D), or (B,T*D) when aligned."
     text = self.text(read_text(self.encoder, *self.encoder.tokenize(texts))[:, 0])
     return self.encode_target(self.change(reference, text)).squeeze(1)
 
@@ -66,19 +78,26 @@ def encode_query(self: MGUR, reference: Tensor, texts: list[str]) -> Tensor:
 @patch
 def losses(self: MGUR, batch: Batch) -> dict[str, Tensor]:
     "One term, `aleatoric` (B,), which turns from blurred to sharp targets as the training goes on."
-    query = 4 * self.encode_query(batch.reference, batch.texts)
-    target = 4 * self.encode_target(batch.target).squeeze(1)
+    length = self.temperature.rsqrt()  # 4 at 1/16
+    query = length * self.encode_query(batch.reference, batch.texts)
+    target = length * self.encode_target(batch.target).squeeze(1)
     blur = blurred(target, *blur_noise(target))
-    return {"aleatoric": batch_aleatoric(query, target, blur, batch.progress, batch.group)}
+    loss = batch_aleatoric(query, target, blur, batch.progress, batch.group, self.label_smoothing)
+    return {"aleatoric": loss}
 
 # %% ../../nbs/methods/30_mgur.ipynb #2c8f9820
-class NativeMGUR(Method):
+class NativeMGUR(Method, LearnedTemperature):
     "MGUR on the last map of a ResNet without its last stride, with RoBERTa as reader."
     load_encoder = staticmethod(partial(load_resnet, reads="roberta", stride=1))
-    training_text, losses, published = MGUR.training_text, MGUR.losses, MGUR.published
+    training_text, losses, published, paper = MGUR.training_text, MGUR.losses, MGUR.published, MGUR.paper
+    options = ("label_smoothing", "temperature")
+    from_config = classmethod(MGUR.from_config.__func__)
 
-    def __init__(self, encoder, size: int = 512):
+    def __init__(self, encoder, label_smoothing: float = 0.0, temperature: float = 1 / 16,
+                 learned: bool = False, size: int = 512):
         super().__init__(encoder)
+        self.label_smoothing = label_smoothing
+        self.start_temperature(temperature, learned)
         self.norm, self.text = nn.BatchNorm1d(encoder.reader.size), nn.Linear(encoder.reader.size, size)
         self.embed = MapEmbedding(encoder.width, size, size)
 

@@ -50,7 +50,7 @@ class QuRe(Method, LearnedTemperature):
 @patch
 def encode_query(self: QuRe, reference: Tensor, texts: list[str]) -> Tensor:
     "(B,P,W) and B texts to unit queries (B,D), or (B,T*D) when aligned."
-    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts))
+    fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts), words=0)
     states = self.encoder.text_projection(fused)
     if not self.aligned: return F.normalize(states.mean(1), dim=-1)
     even = states.new_full(states.shape[:2], 1 / states.shape[1])

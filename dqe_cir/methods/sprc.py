@@ -55,12 +55,13 @@ def sentence(
     self: SPRC, reference: Tensor, input_ids: Tensor, attention_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
     "Unit queries (B,D) and the prompts (B,T,H) they were read from."
-    prompts, _ = self.encoder.fuse(reference, input_ids, attention_mask)
+    prompts, _ = self.encoder.fuse(reference, input_ids, attention_mask, words=0)
     count = prompts.shape[1]
     sequence = self.encoder.embeddings(input_ids=input_ids, query_embeds=prompts)
     mask = F.pad(attention_mask, (count, 0), value=1)
-    read = self.encoder.qformer(query_embeds=sequence, query_length=0, attention_mask=mask)
-    state = read.last_hidden_state[:, count]  # above CLS
+    above = slice(count, count + 1)  # CLS
+    read = self.encoder.qformer(query_embeds=sequence, query_length=0, attention_mask=mask, read=above)
+    state = read.last_hidden_state[:, 0]
     return F.normalize(self.encoder.text_projection(state), dim=-1), prompts
 
 # %% ../../nbs/methods/60_sprc.ipynb #2ae3090a

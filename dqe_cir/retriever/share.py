@@ -101,6 +101,8 @@ def save(self: Retriever, folder: Path | str) -> Path:
     with replacing(folder / "model.safetensors") as fresh: save_file(trained_state(self.method), fresh, about)
     write_json(folder / "config.json", asdict(replace(self.config, run_dir="", data_root="", device="auto")))
     if self.record: write_json(folder / "results.json", self.record)
+    words = getattr(self.method, "vocabulary", None)
+    if words is not None: write_json(folder / "vocabulary.json", words.record())
     for name in ("index.json", "index.safetensors", ROWS, VECTORS): (folder / name).unlink(missing_ok=True)
     if len(self): self.write_index(folder)
     if lessons: write_lessons(lessons, folder)

@@ -19,8 +19,7 @@ from ..data.base import CIRDataset, Triplet
 from ..data.captions import stripped
 from ..data.garments.reader import uneven_targets
 from ..methods.base import Batch, Method
-from ..methods.zoo import METHODS
-from .config import TrainConfig
+from .config import TrainConfig, form_of
 from .mining import NegativePool, SAMPLERS, VALUES
 
 # %% ../../nbs/trainer/03_batches.ipynb #cd0cbce5
@@ -137,6 +136,7 @@ class TrainingSet:
         self.negatives = negatives
         self.held_out = held_out
         self.captions = captions
+        self.labels = None  # (N,K) of a method with readings
         self.groups = torch.tensor(answer_groups(dataset.triplets))
 
     def false_negatives(self, epoch: int) -> float | None:
@@ -178,9 +178,12 @@ def batch(self: TrainingSet, rows: list[int], method: Method, generator: torch.G
     "The batch of some rows; `negative` (B,K,P,W) holds the tokens of their explicit negatives."
     chosen = [self.triplets[row] for row in rows]
     reference = self.tokens[[triplet.reference for triplet in chosen]]
-    texts = [shown_text(method, triplet, self.captions, generator) for triplet in chosen]
+    drawn = [[shown_text(method, triplet, self.captions, generator) for triplet in chosen]
+             for _ in range(1 + method.draws_twice)]
     target = self.tokens[[triplet.target for triplet in chosen]]
-    return Batch(reference, texts, target, group=self.groups[rows], negative=negative, progress=progress)
+    labels = None if self.labels is None else self.labels[rows]
+    again = drawn[1] if method.draws_twice else None
+    return Batch(reference, drawn[0], target, self.groups[rows], negative, progress, labels, again)
 
 # %% ../../nbs/trainer/03_batches.ipynb #6e65a596
 def other_targets(data: TrainingSet, rows: list[int]) -> list[str]:
@@ -210,7 +213,7 @@ def negative_names(data: TrainingSet, rows: list[int], epoch: int, config: Train
 def negative_tokens(data: TrainingSet, rows: list[int], epoch: int,
                     config: TrainConfig) -> torch.Tensor | None:
     "Tokens (B,K,P,W) of each row's negatives; None for methods without and in a contrastive warm-up."
-    if not METHODS[config.method].uses_negatives: return None
+    if not form_of(config).wants_negatives(config): return None
     if epoch < config.warmup_epochs and config.warm_up == "contrastive": return None
     names = negative_names(data, rows, epoch, config)
     tokens = data.tokens[[name for some in names for name in some]]
@@ -223,8 +226,9 @@ def training_set(config: TrainConfig, dataset: CIRDataset, tokens) -> TrainingSe
     if config.annotators == "uneven": dataset = uneven_targets(dataset)
     held_out = None
     if config.select_on == "train_holdout": dataset, held_out = hold_out(dataset, config.seed)
-    uses_negatives = METHODS[config.method].uses_negatives
-    sampler = SAMPLERS[config.negatives](config) if uses_negatives else None
+    form = form_of(config)
+    mines = form.wants_negatives(config) or (form.uses_negatives and config.batches == "trns")
+    sampler = SAMPLERS[config.negatives](config) if mines else None
     if sampler is None: return TrainingSet(dataset, tokens, None, held_out, config.captions)
     calendar = config.warmup_epochs, config.refresh_every
     pool = NegativePool(dataset, tokens, sampler, config.seed, *calendar, config.negatives_per_query,

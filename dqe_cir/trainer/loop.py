@@ -21,7 +21,7 @@ from .config import TrainConfig, train_config
 from .mining import NegativePool
 from .runs import Run, build_method, keep_checkpoint, load_best, load_checkpoint, load_state
 from .runs import open_run, read_weights, save_weights
-from .step import Stepper, learning_rate_factor, training_step
+from .step import Stepper, stage_factor, training_step
 
 # %% ../../nbs/trainer/06_loop.ipynb #b368ac49
 def epoch_steps(data: TrainingSet, config: TrainConfig, epoch: int) -> list[list[list[int]]]:
@@ -38,7 +38,7 @@ def train_epoch(method: Method, data: TrainingSet, stepper: Stepper, config: Tra
     steps, words = epoch_steps(data, config, epoch), generator(config.seed, "texts", epoch)
     total, sums = config.epochs * len(steps), {}
     for step, rows_of_batches in enumerate(steps, epoch * len(steps)):
-        stepper.set_rate(learning_rate_factor(step, total))
+        stepper.set_rate(stage_factor(step, total, method.stages))
         queries = sum(map(len, rows_of_batches))
 
         def gathered(rows):
@@ -110,6 +110,7 @@ def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int |
     """Train to the end, or to epoch `until`, from the last finished epoch if there is one.
     `evaluate(method) -> dict` runs now and then. A finished run is loaded. Returns the events of the run."""
     config = run.config
+    data.labels = method.prepare(data.dataset, data.tokens, run.folder)
     if run.finished:
         tidy(run)  # it may have been stopped in its last move
         load_state(method, read_weights(run.folder / "model.safetensors"), run.folder)

@@ -249,5 +249,6 @@ def load_run(folder: Path, device: str = "auto") -> tuple[Method, TrainConfig]:
         raise ValueError(f"{folder} holds no finished run (no model.safetensors): "
                          "run the training again to finish it")
     method = build_method(config)
+    method.restore(Path(folder))
     load_state(method, read_weights(path), path)
     return method.eval(), config

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..base import CIRDataset, DatasetSpec, read_json
 from ..fashioniq import FASHIONIQ, load_fashioniq
+from .requests import WORD_LISTS
 
 # %% ../../../nbs/data/garments/04_reader.ipynb #e3256d2d
 def load_garments(root: Path | str, split: str) -> CIRDataset:
@@ -30,7 +31,7 @@ GARMENTS = DatasetSpec(
     "garments", "garments", load=load_garments,
     get="delete the folder and let make_garments() draw it again",
     licence="The garments are drawn by this repository and have its licence, Apache-2.0.",
-    drawn=True, galleries={"original": "gallery of the category"}, captions=2,
+    drawn=True, galleries={"original": "gallery of the category"}, captions=2, word_lists=WORD_LISTS,
     held_out=("val", "dev"), select_on="last", measure="mAP",
     training=FASHIONIQ.training, zone_bounds=FASHIONIQ.zone_bounds)
 

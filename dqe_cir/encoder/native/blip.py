@@ -9,23 +9,26 @@ __all__ = ['BlipEncoder', 'small_blip', 'load_blip']
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import BlipConfig, BlipForImageTextRetrieval
 
 from ...core import resolve_device
+from ...data.pictures import squash, target_pad
 from .base import NativeEncoder, pretrained, random_model, tokenizer_of
 
 # %% ../../../nbs/encoder/native/04_blip.ipynb #de989f73
 class BlipEncoder(NativeEncoder):
     """BLIP: image side frozen; the text encoder reads alone, or looking at a picture.
 
-    Of the tower's tokens `places` are kept (None: all), of a text `longest` word pieces are read."""
+    Of the tower's tokens `places` are kept (None: all), of a text `longest` word pieces are read, and
+    pictures are squashed where `squash` asks for it, else padded."""
 
     def __init__(self, model: BlipForImageTextRetrieval, tokenizer, places: int | None = None,
-                 longest: int = 77):
+                 longest: int = 77, squash: bool = False):
         vision = model.config.vision_config
         super().__init__(vision.image_size, tokenizer, longest)
-        self.places = places
+        self.places, self.squash = places, squash
         self.shape = places or (vision.image_size // vision.patch_size) ** 2 + 1, vision.hidden_size
         self.text_encoder, self.text_projection = model.text_encoder, model.text_proj
         self.vision_projection = model.vision_proj.requires_grad_(False)
@@ -49,7 +52,12 @@ def token_shape(self: BlipEncoder) -> tuple[int, int]:
 @patch(as_prop=True)
 def transform_name(self: BlipEncoder) -> str:
     "The transform, and how many of the tower's tokens are kept."
-    return f"target_pad 1.25, {self.places} tokens"
+    return f"{'squash' if self.squash else 'target_pad 1.25'}, {self.places} tokens"
+
+@patch
+def transform(self: BlipEncoder, image: Image.Image) -> Tensor:
+    "A picture of any size and mode, padded or squashed, to the pixels float32 (3,S,S) of `image_tokens`."
+    return (squash if self.squash else target_pad)(image, size=self.image_size)
 
 # %% ../../../nbs/encoder/native/04_blip.ipynb #c6ba4fbb
 @patch
@@ -77,13 +85,13 @@ def small_blip(words: int) -> BlipForImageTextRetrieval:
 
 # %% ../../../nbs/encoder/native/04_blip.ipynb #4e7b385e
 def load_blip(name: str = "mini", device: str = "auto", places: int | None = None,
-              longest: int = 77) -> BlipEncoder:
+              longest: int = 77, squash: bool = False) -> BlipEncoder:
     """The BLIP of a hub id or local folder, or a random small one; on a GPU a real tower runs in bfloat16.
 
-    `places` and `longest` are those of `BlipEncoder`. Weights that cannot be used raise `DataError`."""
+    `places`, `longest`, `squash`: those of `BlipEncoder`. Weights that cannot be used raise `DataError`."""
     words, place = tokenizer_of(name), resolve_device(device)
     model = small_blip(len(words)) if name == "mini" else pretrained(BlipForImageTextRetrieval, name)
-    encoder = BlipEncoder(model, words, places, longest).eval().to(place)
+    encoder = BlipEncoder(model, words, places, longest, squash).eval().to(place)
     if place.type == "cuda" and name != "mini": encoder.vision_tower.to(torch.bfloat16)
     return encoder
 
