@@ -11,7 +11,7 @@ __all__ = ['SMALL', 'SMALL_BOUNDS', 'MINING', 'LOWEST', 'HIGHEST', 'PairOptions'
 import dataclasses, math
 from dataclasses import dataclass
 
-from ..attributes import MODES
+from ..attributes import MODES, SUB_QUERIES
 from ..core import checked
 from ..data.datasets import SPECS
 from ..encoder.blip2 import DTYPES, encoder_size
@@ -30,6 +30,7 @@ SMALL_BOUNDS = (0.005, 0.03)  # of the quantile zone: shares of what lies below 
 class PairOptions(MiningOptions):
     "Parameters of the pairwise objective, beside those of the miner."
     attribute_mode: str = "learned"  # learned, off, fixed_gate, token_only or gate_only
+    sub_query: str = "states"  # what a sub-query weighs: states, text, scalars or channels
     pair_smoothing: float = 0.0
     preference_weight: float = 1.0
     ranking_weight: float = 0.5
@@ -116,7 +117,7 @@ def choices(config: TrainConfig) -> dict[str, tuple[str, ...]]:
     return {"dataset": trainable, "method": tuple(METHODS), "form": ("shared", "native"),
             "size": ("full", "smoke"), "precision": tuple(DTYPES), "evaluate_on": spec.held_out,
             "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "zone_on": ("query", "target"),
-            "batches": ("plain", "trns"), "attribute_mode": MODES,
+            "batches": ("plain", "trns"), "attribute_mode": MODES, "sub_query": SUB_QUERIES,
             "attribute_negatives": ("shared", "own"),
             "soft_labels": ("even", "target"), "annotators": ("even", "uneven") if spec.drawn else ("even",),
             "select_on": ("last", "val", "train_holdout")}
