@@ -21,7 +21,7 @@ export NPM_CONFIG_CACHE := $(CURDIR)/.cache/npm
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train evaluate pretrain test test-browser browser lab app docs wheel clean constraints FORCE
+.PHONY: help train evaluate pretrain evidence leaderboard test test-browser browser lab app docs wheel clean constraints FORCE
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -36,6 +36,18 @@ train evaluate pretrain: $(INSTALLED)
 	$(BIN)/papermill nbs/$@.ipynb runs/$@.ipynb $(ARGS)
 	@echo "executed notebook: runs/$@.ipynb"
 	@find runs -name results.json -newer runs/.started -exec echo "results:" {} \;
+
+# Both make the recorded runs again, in one folder, so that a run that both ask for is made once.
+evidence: ## make the evidence again and compare it with the record, row by row: make evidence ARGS="-p seeds 0"
+leaderboard: ## the same for the leaderboard: make leaderboard ARGS="-p seeds 0"
+
+evidence: REPEAT := nbs/ablate.ipynb
+leaderboard: REPEAT := nbs/leaderboard.ipynb -p stage compare
+evidence leaderboard: $(INSTALLED)
+	@mkdir -p runs
+	$(BIN)/papermill $(firstword $(REPEAT)) runs/$@.ipynb $(wordlist 2,9,$(REPEAT)) -p study runs/again -p seeds 0,1,2,3,4 \
+		-p rates data/results/learning_rates.json -p against data/results/$@.json $(ARGS)
+	@echo "every row agrees with data/results/$@.json; executed notebook: runs/$@.ipynb"
 
 test: $(INSTALLED) ## run every notebook and every test
 	@$(BIN)/python tests/run.py

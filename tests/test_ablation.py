@@ -10,9 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dqe_cir.studies.ablation import AFTER_WARM_UP, CONDITIONS, STUDENT, difference_table, excluding_pairs
-from dqe_cir.studies.ablation import in_batch_false_negatives, interval, paired, run_study, share_above
-from dqe_cir.studies.ablation import study_config, study_jobs, study_record, values_of, warm_up_key
+from safetensors.torch import load_file
+
+from dqe_cir.studies.ablation import AFTER_WARM_UP, CONDITIONS, QUERIES, STUDENT, Job, against_table, condition_of, difference_table
+from dqe_cir.studies.ablation import excluding_pairs, in_batch_false_negatives, interval, over_queries, paired, query_values, run_study
+from dqe_cir.studies.ablation import seed_spread, share_above, study_config, study_jobs, study_record, values_of, walk, warm_up_key
 from dqe_cir.data import load_dataset
 from dqe_cir.trainer import TrainConfig, train_config
 from dqe_cir.trainer.batches import answer_groups
@@ -51,15 +53,33 @@ def test_in_batch_false_negatives_are_counted():
     assert in_batch_false_negatives(config, train, groups) == pytest.approx(100 * sum(wrong) / len(wrong))
 
 
-def test_only_what_acts_after_the_warm_up_is_left_out_of_its_name():
-    config = train_config({"method": "dqe_cir"})
-    assert set(AFTER_WARM_UP) <= {field.name for field in dataclasses.fields(TrainConfig)}
-    other = dict(negatives="random", zone="absolute", zone_low=0.1, zone_high=0.2, zone_guard=0.7, zone_on="target", batches="trns", negatives_per_query=3, refresh_every=9, pair_smoothing=0.1,
-                 preference_weight=2.0, ranking_weight=0.0, attribute_weight=0.0, contrastive_weight=1.0, mined_columns=True, attribute_negatives="own")
-    assert set(other) == set(AFTER_WARM_UP)
-    assert warm_up_key(dataclasses.replace(config, **other)) == warm_up_key(config)
-    for name, value in dict(seed=1, lr=1e-4, epochs=20, batch_size=8, attribute_mode="off", aligned=False, warmup_epochs=4, label_smoothing=0.0, annotators="uneven").items():
+CHANGES = dict(negatives="random", zone="absolute", zone_low=0.1, zone_high=0.2, zone_guard=0.7, zone_on="target", batches="trns", refresh_every=9, negatives_per_query=3,
+               pair_smoothing=0.1, preference_weight=2.0, ranking_weight=0.0, attribute_weight=0.0, contrastive_weight=1.0, mined_columns=True, attribute_negatives="own")
+
+
+@pytest.mark.parametrize("warm_up", AFTER_WARM_UP)
+def test_only_what_acts_after_the_warm_up_is_left_out_of_its_name(warm_up):
+    "Under random negatives the pairwise terms act from the first step; how negatives are mined comes later in any case."
+    config = dataclasses.replace(train_config({"method": "dqe_cir"}), warm_up=warm_up)
+    later = AFTER_WARM_UP[warm_up]
+    assert set(later) <= set(CHANGES) <= {field.name for field in dataclasses.fields(TrainConfig)}
+    assert warm_up_key(dataclasses.replace(config, **{name: CHANGES[name] for name in later})) == warm_up_key(config)
+    earlier = {name: value for name, value in CHANGES.items() if name not in later}
+    for name, value in (earlier | dict(seed=1, lr=1e-4, epochs=20, batch_size=8, attribute_mode="off", aligned=False, warmup_epochs=4, label_smoothing=0.0, annotators="uneven")).items():
         assert warm_up_key(dataclasses.replace(config, **{name: value})) != warm_up_key(config), name
+
+
+def test_every_kind_of_warm_up_has_a_rule(): assert warm_up_key(dataclasses.replace(train_config({}), warm_up="none")) is None
+
+
+def test_a_warm_up_by_random_negatives_is_shared_exactly(tmp_path):
+    common = dict(SMOKE, epochs=2, warmup_epochs=1, evaluate_every=0, batch_size=48)
+    jobs = study_jobs(tmp_path, {name: CONDITIONS["paper"] | dict(negatives=name) for name in ("trns", "hardest")}, [0], common)
+    assert jobs[0].config.warm_up == "random" and jobs[0].shared == jobs[1].shared is not None
+    run_study(jobs, workers=1)
+    alone = walk(jobs[1], tmp_path / "alone")[-1]
+    one, other = (load_file(folder / "model.safetensors") for folder in (jobs[1].folder, alone.folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @given(st.lists(st.floats(-50, 50), min_size=2, max_size=16))
@@ -82,6 +102,49 @@ def test_pairs_are_by_seed_and_missing_seeds_are_left_out():
     assert values_of(records, "a", "mAP") == {0: 10.0, 1: 11.0, 2: 12.0} and values_of(records, "a", "R@10") == {}
     assert difference_table(records[:4], "a", ["mAP"]) == {"b": {}}
     with pytest.raises(ValueError, match="2 to 16 seeds"): paired(records[:4], "b", "a")
+
+
+@given(st.integers(1, 4), st.integers(2, 30), st.integers(0, 999))
+def test_the_interval_over_queries_is_that_of_the_mean_over_seeds(seeds, queries, seed):
+    draw = torch.Generator().manual_seed(seed)
+    one, other = (100 * torch.rand(seeds, queries, generator=draw) for _ in range(2))
+    mean, half, count = over_queries(one, other)
+    draws = [statistics.mean((one - other)[:, q].tolist()) for q in range(queries)]
+    assert count == queries and mean == pytest.approx(statistics.mean(draws), abs=1e-4)
+    assert half == pytest.approx(1.96 * statistics.stdev(draws) / math.sqrt(queries), rel=1e-3, abs=1e-4)
+
+
+def test_a_condition_may_be_changed_by_name():
+    assert condition_of("paper+lr=0.001+zone_on=target") == CONDITIONS["paper"] | dict(lr=0.001, zone_on="target")
+    assert study_config({"conditions": "trns,trns+lr=0.001"}).named["trns+lr=0.001"]["lr"] == 0.001
+    with pytest.raises(ValueError, match="unknown condition 'nobody'"): study_config({"conditions": "nobody+lr=1"})
+
+
+@given(st.lists(st.lists(st.floats(10, 90), min_size=2, max_size=5), min_size=1, max_size=5), st.floats(-9, 9))
+def test_a_repeated_study_is_judged_by_the_spread_of_the_record(values, moved):
+    runs = [dict(condition=str(i), seed=seed, metrics={"mAP": value}) for i, some in enumerate(values) for seed, value in enumerate(some)]
+    record = {"conditions": {str(i): {} for i in range(len(values))}, "runs": runs}
+    spread = seed_spread(runs)
+    assert spread**2 == pytest.approx(sum((len(some) - 1) * statistics.variance(some) for some in values) / sum(len(some) - 1 for some in values), abs=1e-6)
+    ours = record | {"runs": [dict(run, metrics={"mAP": run["metrics"]["mAP"] + moved}) for run in runs if run["seed"] == 0]}
+    rows, words = against_table(ours, record)
+    *each, mean = rows.values()
+    if abs(abs(moved) - 2 * spread) > 1e-6: assert all((row["verdict"] == "**differs**") == (abs(moved) > 2 * spread) for row in each)
+    assert f"{2 * spread:.2f} points of mAP are tolerated" in words and len(each) == len(values) and "difference" in mean
+
+
+def test_a_run_that_two_studies_ask_for_is_made_once(tmp_path):
+    on_val = train_config({"method": "info_nce", **SMOKE, "epochs": 1, "evaluate_every": 0})
+    on_dev = dataclasses.replace(on_val, evaluate_on="dev")
+    first, = run_study([Job(str(tmp_path), "info_nce-common", on_dev)], 1)
+    weights = tmp_path / "info_nce-common-seed0" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    second, other = run_study([Job(str(tmp_path), "info_nce", on_dev), Job(str(tmp_path), "val", on_val)], 1)
+    assert second == first | {"condition": "info_nce"} and weights.stat().st_mtime_ns == written
+    assert other["split"] == "val" and other["metrics"] != first["metrics"]
+    assert (tmp_path / "info_nce-seed0" / QUERIES).read_bytes() == (tmp_path / "info_nce-common-seed0" / QUERIES).read_bytes()
+    mean = query_values(tmp_path, "info_nce", [0]).mean().item()
+    assert mean == pytest.approx(first["metrics"]["mAP"], abs=1e-3)
 
 
 def test_a_study_goes_on_where_it_was_stopped(tmp_path):

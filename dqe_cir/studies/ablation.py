@@ -9,12 +9,12 @@ __all__ = ['TERMS', 'NO_TERMS', 'TUNED', 'DQE', 'OURS', 'PLAIN', 'PAPER', 'SOURC
            'excluding_pairs', 'confusion', 'in_batch_false_negatives', 'Job', 'unread', 'passed_on', 'study_jobs',
            'load_sets', 'peak_memory', 'epochs_done', 'costs', 'walk', 'warm_up', 'start_from', 'package_commit',
            'same_run', 'take_over', 'run_job', 'parameters', 'extra_measures', 'run_study', 'in_processes', 'kind_of',
-           'search_table', 'best_rates', 'StudyConfig', 'at_home', 'check_record', 'check_study', 'study_config',
-           'small_study', 'interval', 'values_of', 'shared_seeds', 'paired', 'mean_and_spread', 'summary_table',
-           'difference_table', 'outcome', 'finding', 'findings', 'query_values', 'over_queries', 'queries_table',
-           'kept_of', 'study_record', 'read_study', 'source_line', 'study_report', 'seed_spread', 'compare_run',
-           'against_table', 'against_report', 'check_against', 'telling_rows', 'side_by_side', 'draw_sheet',
-           'means_report', 'differences_report', 'sheet_of']
+           'search_table', 'best_rates', 'StudyConfig', 'at_home', 'check_record', 'check_study', 'as_texts',
+           'study_config', 'small_study', 'interval', 'values_of', 'shared_seeds', 'paired', 'mean_and_spread',
+           'summary_table', 'difference_table', 'outcome', 'finding', 'findings', 'query_values', 'over_queries',
+           'queries_table', 'kept_of', 'study_record', 'read_study', 'source_line', 'study_report', 'seed_spread',
+           'compare_run', 'against_table', 'against_report', 'check_against', 'telling_rows', 'side_by_side',
+           'draw_sheet', 'means_report', 'differences_report', 'sheet_of']
 
 # %% ../../nbs/studies/01_ablation.ipynb #c96b4c61
 import dataclasses, functools, hashlib, json, math, multiprocessing, re, shutil, statistics, subprocess
@@ -553,10 +553,16 @@ def check_study(config: StudyConfig) -> None:
     if config.against and not at_home(config.against).exists():
         raise ValueError(f"against={config.against!r}: there is no such record to compare with")
 
+# %% ../../nbs/studies/01_ablation.ipynb #5ab1c0f1
+def as_texts(values: dict) -> dict:
+    "Parameters with `seeds` and `factors` as text: papermill reads `-p seeds 0` as a number."
+    listed = {name: values[name] for name in ("seeds", "factors") if name in values}
+    return values | {name: str(value) for name, value in listed.items() if type(value) in (int, float)}
+
 # %% ../../nbs/studies/01_ablation.ipynb #5ab1c0f0
 def study_config(values: dict) -> StudyConfig:
     "The `StudyConfig` of a dict of parameters; unknown parameters, conditions or seeds raise `ValueError`."
-    config, known = checked(StudyConfig, values), ", ".join(CONDITIONS)
+    config, known = checked(StudyConfig, as_texts(values)), ", ".join(CONDITIONS)
     config.named  # raises for an unknown condition
     if config.baseline not in CONDITIONS:
         raise ValueError(f"unknown baseline {config.baseline!r}; known: {known}")
