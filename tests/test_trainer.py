@@ -99,7 +99,7 @@ def test_the_encoder_decides_the_schedule_and_not_its_name(tmp_path):
     assert (drawn.lr, drawn.epochs) == (SPECS["garments"].training["lr"], SPECS["garments"].training["epochs"])
 
 
-READ_SOMETIMES = {"label_smoothing": 0.05, "aligned": False, "soft_labels": "target", "attribute_mode": "off", "pair_smoothing": 0.1,
+READ_SOMETIMES = {"label_smoothing": 0.05, "aligned": False, "soft_labels": "target", "attribute_mode": "off", "sub_query": "text", "pair_smoothing": 0.1,
                   "preference_weight": 2.0, "ranking_weight": 2.0, "attribute_weight": 2.0, "contrastive_weight": 1.0,
                   "mined_columns": True, "attribute_negatives": "own", "negatives": "hardest", "zone": "absolute",
                   "zone_low": 0.001, "zone_high": 0.9, "zone_guard": 0.1, "zone_on": "target", "batches": "trns", "negatives_per_query": 2, "warmup_epochs": 3,

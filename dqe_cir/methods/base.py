@@ -28,9 +28,9 @@ class Batch:
     target: Tensor  # (B,P,W) frozen image tokens of the targets
     group: Tensor  # (B,) int64; equal numbers mean equal answers
     negative: Tensor | None = None  # (B,K,P,W) tokens of K explicit negatives per query
-    again: list[str] | None = None  # B texts of the same triplets, drawn once more, for `draws_twice`
     progress: float = 0.0  # share of the training done, 0 to 1
     labels: Tensor | None = None  # (B,K) values that the captions name, for a method with readings
+    again: list[str] | None = None  # B texts of the same triplets, drawn once more, for `draws_twice`
 
     def to(self, device) -> "Batch":
         "The same batch on another device."

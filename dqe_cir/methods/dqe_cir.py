@@ -10,7 +10,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..attributes import AttributeWeights, ComposedQuery, aligned_target, speaks_of
+from ..attributes import AttributeWeights, ComposedQuery, aligned_target, check_forms
+from ..attributes import own_words, speaks_of
 from ..data.datasets import SPECS
 from ..encoder.blip2 import Blip2Encoder
 from ..losses import info_nce, margin, pairwise_kl, products
@@ -25,7 +26,7 @@ class DQECIR(Method, LearnedTemperature, ReadsAttributes):
     "Attribute-aware queries trained on one target relative negative each."
     uses_negatives = True
     options = (
-        "aligned", "label_smoothing", "attribute_mode", "pair_smoothing",
+        "aligned", "label_smoothing", "attribute_mode", "sub_query", "pair_smoothing",
         "preference_weight", "ranking_weight", "attribute_weight", "contrastive_weight",
         "mined_columns", "attribute_negatives", "temperature", *READING_OPTIONS,
     )
@@ -50,10 +51,12 @@ class DQECIR(Method, LearnedTemperature, ReadsAttributes):
         attributes: dict[str, float] = ATTRIBUTE_MARGINS,
         temperature: float | None = None,
         config=None,
+        sub_query: str = "states",
     ):
         super().__init__(encoder)
         names = tuple(checked_attributes(attributes))
-        self.compose = AttributeWeights(encoder.text_projection, names, mode, aligned)
+        form = sub_query, encoder.query_tokens.shape[1]
+        self.compose = AttributeWeights(encoder.text_projection, names, mode, aligned, *form)
         self.aligned, self.smoothing, self.label_smoothing = aligned, smoothing, label_smoothing
         self.own, self.mined_columns, self.margins = own, mined_columns, attributes
         self.weights = {"preference": preference, "ranking": ranking, "contrastive": contrastive}
@@ -79,6 +82,7 @@ def from_config(cls: DQECIR, encoder: Blip2Encoder, config) -> DQECIR:
         mined_columns=config.mined_columns,
         temperature=config.temperature,
         config=config,
+        sub_query=config.sub_query,
     )
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #cd562f59
@@ -86,7 +90,15 @@ def from_config(cls: DQECIR, encoder: Blip2Encoder, config) -> DQECIR:
 def composed(self: DQECIR, reference: Tensor, texts: list[str]) -> ComposedQuery:
     "The query (B,D) of reference tokens (B,P,W) and B texts, with its parts, gate and attention."
     fused, words = self.encoder.fuse(reference, *self.encoder.tokenize(texts), words=1)
-    return self.compose(fused, words, self.encoder.text_projection)
+    own = self.own_states(reference, texts) if self.compose.sub_query == "text" else None
+    return self.compose(fused, words, self.encoder.text_projection, own)
+
+# %% ../../nbs/methods/80_dqe_cir.ipynb #aca42e9e
+@patch
+def own_states(self: DQECIR, reference: Tensor, texts: list[str]) -> Tensor:
+    "Fused states (A,B,T,H) of reference tokens (B,P,W) with each attribute's own words of B texts."
+    spoken = [own_words(texts, name) for name in self.compose.attributes]
+    return torch.stack([self.encoder.fuse(reference, *self.encoder.tokenize(own), words=0)[0] for own in spoken])
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #252028c4
 @patch
@@ -118,6 +130,7 @@ def check(cls: DQECIR, config) -> None:
     if not any(getattr(config, name) for name in weights):
         raise ValueError(f"{', '.join(weights)} are all 0: after the warm-up nothing would be learned")
     check_readings(config)
+    check_forms(config.attribute_mode, config.sub_query)
     if config.mined_columns: check_columns(config)
     if config.attribute_negatives == "own": check_own(config)
 

@@ -11,7 +11,7 @@ __all__ = ['SMALL', 'SMALL_BOUNDS', 'MINING', 'COMMON', 'PLAIN', 'OWN', 'EVERYBO
 import dataclasses, math
 from dataclasses import dataclass
 
-from ..attributes import MODES
+from ..attributes import MODES, SUB_QUERIES
 from ..core import checked
 from ..data.datasets import SPECS
 from ..encoder.blip2 import DTYPES, encoder_size
@@ -32,6 +32,7 @@ SMALL_BOUNDS = (0.005, 0.03)  # of the quantile zone: shares of what lies below 
 class PairOptions(MiningOptions):
     "Parameters of the pairwise objective, beside those of the miner."
     attribute_mode: str | None = None  # learned, off, fixed_gate, token_only or gate_only
+    sub_query: str = "states"  # what a sub-query weighs: states, text, scalars or channels
     pair_smoothing: float = 0.0
     preference_weight: float | None = None
     ranking_weight: float | None = None
@@ -147,7 +148,7 @@ def choices(config: TrainConfig) -> dict[str, tuple[str, ...]]:
     return {"dataset": trainable, "method": tuple(METHODS), "form": ("shared", "native"),
             "size": ("full", "smoke"), "precision": tuple(DTYPES), "evaluate_on": spec.held_out,
             "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "zone_on": ("query", "target"),
-            "batches": ("plain", "trns"), "attribute_mode": MODES,
+            "batches": ("plain", "trns"), "attribute_mode": MODES, "sub_query": SUB_QUERIES,
             "attribute_negatives": ("shared", "own"),
             "readings": VOCABULARIES, "recipe": ("common", "paper"), "warm_up": ("none", "random", "contrastive"),
             "captions": ("both", "some", "own"),
