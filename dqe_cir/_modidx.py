@@ -606,6 +606,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                            'dqe_cir/encoder/pretraining.py'),
                                              'dqe_cir.encoder.pretraining.small_config': ( 'encoder/pretraining.html#small_config',
                                                                                            'dqe_cir/encoder/pretraining.py'),
+                                             'dqe_cir.encoder.pretraining.take_tower': ( 'encoder/pretraining.html#take_tower',
+                                                                                         'dqe_cir/encoder/pretraining.py'),
                                              'dqe_cir.encoder.pretraining.train_qformer': ( 'encoder/pretraining.html#train_qformer',
                                                                                             'dqe_cir/encoder/pretraining.py'),
                                              'dqe_cir.encoder.pretraining.train_teacher': ( 'encoder/pretraining.html#train_teacher',

@@ -6,9 +6,9 @@
 __all__ = ['QUESTIONS', 'ANSWERS', 'Pictures', 'draw_pictures', 'normalised', 'augmented', 'Teacher', 'GridHead', 'FlatHead',
            'answer_loss', 'accuracies', 'rate_factor', 'row_batches', 'optimise', 'seeded', 'train_teacher',
            'small_config', 'make_tokenizer', 'new_encoder', 'grid_positions', 'initialise_tower', 'train_tower',
-           'similar_rows', 'match_loss', 'new_itm_head', 'itm_pairs', 'itm_logits', 'train_qformer', 'encode_pictures',
-           'probe', 'retrieval_agreement', 'another', 'matching_accuracy', 'examine', 'as_blip2', 'save_encoder',
-           'PretrainConfig']
+           'take_tower', 'similar_rows', 'match_loss', 'new_itm_head', 'itm_pairs', 'itm_logits', 'train_qformer',
+           'encode_pictures', 'probe', 'retrieval_agreement', 'another', 'matching_accuracy', 'examine', 'as_blip2',
+           'save_encoder', 'PretrainConfig']
 
 # %% ../../nbs/encoder/04_pretraining.ipynb #10cccbfe
 import contextlib, itertools, math, re, shutil, string, tempfile
@@ -256,6 +256,13 @@ def train_tower(encoder: Blip2Encoder, teacher: Teacher, pictures: Pictures, ste
     tower.requires_grad_(False)
     return losses
 
+# %% ../../nbs/encoder/04_pretraining.ipynb #3b9d70e4
+def take_tower(encoder: Blip2Encoder, other: Blip2Encoder) -> None:
+    "Stage two without training: a copy of another encoder's frozen tower and of its last layer norm."
+    encoder.vision_tower.load_state_dict(other.vision_tower.state_dict())
+    encoder.ln_vision.load_state_dict(other.ln_vision.state_dict())
+    encoder.vision_tower.requires_grad_(False)
+
 # %% ../../nbs/encoder/04_pretraining.ipynb #d19133ff
 def similar_rows(labels: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
     """Rows of one category and two colours; labels (N,6) are in the order of QUESTIONS.
@@ -437,5 +444,6 @@ class PretrainConfig:
     teacher_steps: int = 350
     tower_steps: int = 1300
     qformer_steps: int = 900
+    tower: str = ""  # an encoder whose frozen tower is taken instead of training one
     folder: str = "runs/mini"  # where the model goes; dqe_cir/assets/mini replaces the one that ships
     record: str = ""  # a JSON file for the figures; empty: <folder>/pretrain.json
