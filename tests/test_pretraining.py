@@ -2,7 +2,6 @@
 import json
 import math
 import re
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -278,7 +277,7 @@ def test_recorded_run_took_at_most_twenty_minutes(record):
 
 def test_the_card_repeats_the_record(record):
     "Each row of the model card's table is a row of the record, in percent with one decimal."
-    rows = dict(re.findall(r"^\| (grid probe|mean probe|retrieval agreement|matching) \|(.+)\|$", (MINI / "README.md").read_text(), re.M))
+    rows = dict(re.findall(r"^\| (grid probe|mean probe|retrieval agreement) \|(.+)\|$", (MINI / "README.md").read_text(), re.M))
     for test, figures in record["figures"].items():
         assert [cell.strip() for cell in rows[test].split("|")] == [f"{100 * figures[name]:.1f}" for name in QUESTIONS]
 
@@ -295,20 +294,3 @@ def test_the_shipped_model_finds_what_is_described(record):
     for name, share in record["figures"]["retrieval agreement"].items():
         agreement = np.mean([getattr(one, name) == getattr(other, name) for one, other in zip(found, garments)])
         assert agreement == pytest.approx(share, abs=0.06), name
-
-
-@torch.no_grad()
-def test_the_shipped_head_prefers_what_is_true(record):
-    "Asked of the library's own model, without a line of ours: a picture with its description, and with one of another colour or sleeve."
-    rng, encoder = np.random.default_rng(20_001), load_encoder("mini", device="cpu")
-    model = Blip2ForImageTextRetrieval.from_pretrained(MINI).eval()
-    garments = [Garment(*(values[rng.integers(len(values))] for values in (CATEGORIES, *ATTRIBUTES.values()))) for _ in range(200)]
-    pixels = normalised(torch.from_numpy(np.stack([np.asarray(draw_garment(garment, rng)) for garment in garments])).permute(0, 3, 1, 2))
-    def fit(described):
-        ids, mask = encoder.tokenize([caption_of(garment, rng) for garment in described])
-        logits = model(pixel_values=pixels, input_ids=ids, attention_mask=mask, use_image_text_matching_head=True).logits_per_image
-        return logits[:, 1] - logits[:, 0]
-    own = fit(garments)
-    for name in ("colour", "sleeve"):
-        others = [replace(garment, **{name: next(value for value in ATTRIBUTES[name] if value != getattr(garment, name))}) for garment in garments]
-        assert (own > fit(others)).float().mean().item() == pytest.approx(record["figures"]["matching"][name], abs=0.06), name

@@ -444,6 +444,7 @@ class PretrainConfig:
     teacher_steps: int = 350
     tower_steps: int = 1300
     qformer_steps: int = 900
+    matching: bool = False  # train the joint pass too
     tower: str = ""  # an encoder whose frozen tower is taken instead of training one
     folder: str = "runs/mini"  # where the model goes; dqe_cir/assets/mini replaces the one that ships
     record: str = ""  # a JSON file for the figures; empty: <folder>/pretrain.json
