@@ -38,9 +38,14 @@ RECIPES = {
     "info_nce, soft labels": {"method": "info_nce", "soft_labels": "target", "aligned": False, "accumulate": 2, "category_batches": False},
     "info_nce, uneven annotators": {"method": "info_nce", "annotators": "uneven", "label_smoothing": 0.0, "head_rate": 3.0},
 }
+# Recorded before there were recipes: every text by the method's own rule, `dqe_cir` from a temperature of 0.07, published systems without switches.
+BEFORE = {"info_nce": {"captions": "own"}, "dqe_cir": {"captions": "own", "temperature": 0.07}}
+COMMON = {f"{name}, common recipe": {"method": name} for name in ("info_nce", "sprc", "qure", "dqe_cir")}
 RUNS = {name: {"method": name, **(MINES if method.uses_negatives else {})} for name, method in METHODS.items()}
 RUNS |= {f"{name}, native": {"method": name, "form": "native", "epochs": 1, "lr": 1e-6} for name, method in METHODS.items() if method.native}
 RUNS |= {name: {"epochs": 2, **options} for name, options in RECIPES.items()}
+RUNS = {name: {**BEFORE.get(options["method"], {"recipe": "paper"}), **options} for name, options in RUNS.items()}
+RUNS |= {name: {"epochs": 2, **options, **(MINES if METHODS[options["method"]].uses_negatives else {})} for name, options in COMMON.items()}
 
 
 class Setting:
@@ -119,7 +124,8 @@ def test_every_step_has_the_recorded_losses(record, setting, name):
 @pytest.mark.parametrize("name", [name for name, options in RUNS.items() if METHODS[options["method"]].uses_negatives])
 def test_the_record_covers_warm_up_and_pairs(record, name):
     steps = record["runs"][name]["steps"]
-    assert [step["negatives"] > 0 for step in steps] == [number >= 9 for number in range(len(steps))] and len(steps) > 9
+    pairs_at_once = train_config(RUNS[name]).warm_up == "random"
+    assert [step["negatives"] > 0 for step in steps] == [pairs_at_once or number >= 9 for number in range(len(steps))] and len(steps) > 9
 
 
 def test_the_record_names_the_runs_of_this_page(record):

@@ -22,12 +22,14 @@ from dqe_cir.encoder import cache_tokens
 from dqe_cir.evaluator import evaluate, score_dataset
 from dqe_cir.methods import METHODS
 from dqe_cir.retriever import Retriever
+from dqe_cir.trainer.config import as_meant
 from dqe_cir.trainer import build_method, fit, load_run, open_run, train_config, training_set
 
 GOLDEN = ROOT / "tests" / "golden"
 CLOSE = 1e-4  # relative: another processor adds in another order; the one that wrote the numbers repeats them to the last digit
 
 OLD = {"method": "dqe_cir", "encoder": "encoder", "size": "smoke", "epochs": 2, "batch_size": 16, "evaluate_every": 1, "device": "cpu", "run_dir": "old_run"}
+BEFORE = {"temperature": 0.07, "captions": "own"}  # what these runs did before a recipe said otherwise; their folders do not name it
 STOPPED = {"method": "dqe_cir", "encoder": "encoder", "size": "smoke", "epochs": 3, "batch_size": 16, "lr": 2e-4, "warmup_epochs": 1, "refresh_every": 2,
            "evaluate_every": 0, "device": "cpu", "run_dir": "stopped_run"}
 
@@ -69,7 +71,7 @@ def test_an_old_run_scores_as_it_did(home, splits, expected):
 def test_an_old_run_is_finished_and_not_trained_again(home, splits, expected):
     "The same parameters find their folder, whatever parameters there are besides; `fit` loads it."
     before = {path.name: path.read_bytes() for path in (home / "old_run").iterdir()}
-    run = open_run(train_config(OLD))
+    run = open_run(train_config(OLD | BEFORE))
     method = build_method(run.config)
     tokens = tokens_of(method, splits, home)
     events = fit(method, training_set(run.config, splits[0], tokens), run)
@@ -78,12 +80,26 @@ def test_an_old_run_is_finished_and_not_trained_again(home, splits, expected):
     assert_close(scores_of(method, splits[1], tokens), expected["old_run"], rtol=CLOSE, atol=1e-6)
 
 
+@pytest.mark.parametrize("folder", [OLD, STOPPED], ids=lambda folder: folder["run_dir"])
+def test_an_old_run_is_not_taken_for_one_of_todays_recipe(home, folder):
+    with pytest.raises(ValueError, match="holds a run with other values of temperature, captions: choose another run_dir"): open_run(train_config(folder))
+
+
+def test_what_an_old_run_did_not_name_is_what_its_method_did():
+    "Only two methods read smoothed labels and aligned states, whatever the schedule wrote into the folder."
+    for method, options in {"info_nce": {}, "sprc": {}, "qure": {"warm_up": "random"}, "dqe_cir": {"warm_up": "contrastive", "temperature": 0.07}}.items():
+        meant = as_meant({"method": method, "aligned": True, "label_smoothing": 0.2, "warmup_epochs": 8})
+        read = method in ("info_nce", "dqe_cir")
+        assert (meant["aligned"], meant["label_smoothing"]) == (read, 0.2 * read), method
+        assert {name: meant[name] for name in ("temperature", "warm_up", "captions", "recipe")} == {"temperature": None, "warm_up": None, "captions": "own", "recipe": None} | options
+
+
 def test_a_stopped_run_goes_on_to_the_same_end(home, splits, expected):
     "The checkpoint holds weights, moments and pools after two of three epochs; the third draws its batches, texts, negatives and dropout masks anew."
     torch.manual_seed(0)
     kept = torch.nn.functional.dropout(torch.ones(64), 0.5) > 0
     if not torch.equal(kept, expected["dropout"]): pytest.skip("this build of torch draws other dropout masks than the one that wrote the numbers")
-    run = open_run(train_config(STOPPED))
+    run = open_run(train_config(STOPPED | BEFORE))
     method = build_method(run.config)
     tokens = tokens_of(method, splits, home)
     events = fit(method, training_set(run.config, splits[0], tokens), run)

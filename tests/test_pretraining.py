@@ -21,8 +21,8 @@ from dqe_cir.data.garments.draw import ATTRIBUTES, CATEGORIES, Garment, draw_gar
 from dqe_cir.data.garments.requests import caption_corpus, caption_of
 from dqe_cir.encoder.pretraining import GridHead, QUESTIONS, accuracies, answer_loss, augmented
 from dqe_cir.encoder.pretraining import draw_pictures, encode_pictures, make_tokenizer, new_encoder
-from dqe_cir.encoder.pretraining import normalised, optimise, save_encoder, similar_rows, train_qformer
-from dqe_cir.encoder.pretraining import train_teacher, train_tower
+from dqe_cir.encoder.pretraining import itm_logits, itm_pairs, new_itm_head, normalised, optimise, save_encoder
+from dqe_cir.encoder.pretraining import similar_rows, train_qformer, train_teacher, train_tower
 
 COUNTS = [len(values) for values in QUESTIONS.values()]
 
@@ -105,6 +105,42 @@ def test_similar_rows_share_a_category_and_two_colours(seed, count, size):
     assert len(labels[rows, 0].unique()) == 1 and len(labels[rows, 1].unique()) <= 2
 
 
+# ---- matching
+
+@given(seed=st.integers(0, 10_000), count=st.integers(1, 24), kinds=st.integers(1, 6), spread=st.sampled_from([0.0, 1.0, 300.0]))
+def test_what_is_said_not_to_match_does_not(seed, count, kinds, spread):
+    "Whatever the scores: pairs first, then one wrong text a picture and one wrong picture a text, none with the labels of the other side."
+    labels = torch.randint(kinds, (count, 1), generator=generator(seed)).expand(-1, 6)
+    scores = spread * torch.randn(count, count, generator=generator(seed + 1))
+    picture, text, together = itm_pairs(scores, labels, generator(seed))
+    assert picture[:count].tolist() == text[:count].tolist() == list(range(count)) and together[:count].all()
+    alike = (labels[picture] == labels[text]).all(1)
+    assert torch.equal(alike, together.bool())
+    able = [row for row in range(count) if (labels != labels[row]).any()]
+    assert picture[count:].tolist()[:len(able)] == text[count + len(able):].tolist() == able and len(picture) == count + 2 * len(able)
+
+
+def test_the_likelier_wrong_one_is_asked_about_more_often():
+    "Of three wrong texts with scores 2, 1 and 0 the shares are those of the softmax, both ways."
+    scores = torch.tensor([[5.0, 2, 1, 0], [0, 5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 5]])
+    labels, chance = torch.arange(4)[:, None].expand(-1, 6), generator(0)
+    texts = torch.stack([itm_pairs(scores, labels, chance)[1][4] for _ in range(2000)])
+    pictures = torch.stack([itm_pairs(scores.T, labels, chance)[0][8] for _ in range(2000)])
+    expected = torch.tensor([2.0, 1, 0]).softmax(0).tolist()
+    for drawn in (texts, pictures):
+        shares = (drawn.bincount(minlength=4)[1:] / 2000).tolist()
+        assert shares == pytest.approx(expected, abs=0.04)
+
+
+def test_without_a_head_nothing_is_drawn_for_it(pictures):
+    "Contrast alone is what it was: the joint pass gets no part in the loss, so words and pictures are all that move."
+    encoder, other = new_encoder(0), new_encoder(0)
+    tokens = encode_pictures(encoder, pictures)
+    plain = train_qformer(encoder, tokens, pictures, 2, 0, batch_size=8)
+    both = train_qformer(other, tokens, pictures, 2, 0, batch_size=8, itm_head=new_itm_head(other, 0))
+    assert both[0] == pytest.approx(plain[0] + math.log(2), abs=0.2), "an untrained head is undecided"
+
+
 # ---- stages
 
 def snapshot(module): return {name: value.clone() for name, value in module.state_dict().items()}
@@ -133,8 +169,9 @@ def small_run(pictures, folder, seed=0):
     teacher, _, _ = train_teacher(pictures, 2, seed, batch_size=8)
     encoder = new_encoder(seed)
     train_tower(encoder, teacher, pictures, 2, seed, batch_size=8)
-    train_qformer(encoder, encode_pictures(encoder, pictures), pictures, 3, seed, batch_size=8)
-    return save_encoder(encoder, folder)
+    head = new_itm_head(encoder, seed)
+    train_qformer(encoder, encode_pictures(encoder, pictures), pictures, 3, seed, batch_size=8, itm_head=head)
+    return save_encoder(encoder, folder, head)
 
 
 def test_one_seed_gives_one_model_to_the_byte_and_leaves_global_chance_alone(pictures, tmp_path):
@@ -174,6 +211,10 @@ def test_the_library_reads_what_we_save(pictures, tmp_path):
     encoder.eval()
     ours = torch.einsum("itd,jd->itj", encoder.encode_target(encoder.image_tokens(pixels)), encoder.encode_text(ids, mask)).amax(1)
     torch.testing.assert_close(theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits_per_image, ours)
+    head = new_itm_head(encoder, 5)
+    theirs = Blip2ForImageTextRetrieval.from_pretrained(save_encoder(encoder, tmp_path / "with head", head)).eval()
+    asked = dict(pixel_values=pixels, input_ids=ids, attention_mask=mask, use_image_text_matching_head=True)
+    torch.testing.assert_close(theirs(**asked).logits_per_image, itm_logits(encoder, head, encoder.image_tokens(pixels), ids, mask))
     again = load_encoder(str(folder), device="cpu")
     assert again.temperature == pytest.approx(0.0421) and again.tokenizer.get_vocab() == encoder.tokenizer.get_vocab()
 

@@ -6,12 +6,13 @@
 __all__ = ['QUESTIONS', 'ANSWERS', 'Pictures', 'draw_pictures', 'normalised', 'augmented', 'Teacher', 'GridHead', 'FlatHead',
            'answer_loss', 'accuracies', 'rate_factor', 'row_batches', 'optimise', 'seeded', 'train_teacher',
            'small_config', 'make_tokenizer', 'new_encoder', 'grid_positions', 'initialise_tower', 'train_tower',
-           'similar_rows', 'match_loss', 'train_qformer', 'encode_pictures', 'probe', 'retrieval_agreement', 'examine',
-           'as_blip2', 'save_encoder', 'PretrainConfig']
+           'take_tower', 'similar_rows', 'match_loss', 'new_itm_head', 'itm_pairs', 'itm_logits', 'train_qformer',
+           'encode_pictures', 'probe', 'retrieval_agreement', 'another', 'matching_accuracy', 'examine', 'as_blip2',
+           'save_encoder', 'PretrainConfig']
 
 # %% ../../nbs/encoder/04_pretraining.ipynb #10cccbfe
 import contextlib, itertools, math, re, shutil, string, tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +256,13 @@ def train_tower(encoder: Blip2Encoder, teacher: Teacher, pictures: Pictures, ste
     tower.requires_grad_(False)
     return losses
 
+# %% ../../nbs/encoder/04_pretraining.ipynb #3b9d70e4
+def take_tower(encoder: Blip2Encoder, other: Blip2Encoder) -> None:
+    "Stage two without training: a copy of another encoder's frozen tower and of its last layer norm."
+    encoder.vision_tower.load_state_dict(other.vision_tower.state_dict())
+    encoder.ln_vision.load_state_dict(other.ln_vision.state_dict())
+    encoder.vision_tower.requires_grad_(False)
+
 # %% ../../nbs/encoder/04_pretraining.ipynb #d19133ff
 def similar_rows(labels: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
     """Rows of one category and two colours; labels (N,6) are in the order of QUESTIONS.
@@ -278,23 +286,57 @@ def match_loss(scores: Tensor, labels: Tensor) -> Tensor:
     scores = scores.masked_fill(same, -torch.inf)
     return (F.cross_entropy(scores, right) + F.cross_entropy(scores.T, right)) / 2
 
+# %% ../../nbs/encoder/04_pretraining.ipynb #5a0c1d71
+def new_itm_head(encoder: Blip2Encoder, seed: int) -> nn.Linear:
+    "A matching head with fresh weights."
+    with seeded(seed, "matching head"): return nn.Linear(encoder.query_tokens.shape[-1], 2)
+
+# %% ../../nbs/encoder/04_pretraining.ipynb #b7e4f2c9
+def itm_pairs(scores: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of pictures (M,), rows of texts (M,), and 1 or 0 (M,): they belong together, or they do not.
+
+    First the B pairs, then a wrong text for every picture, then a wrong picture for every text, drawn by the
+    softmax of scores (B,B), picture by text, among those of other labels (B,6); none where all are alike."""
+    same = (labels[:, None] == labels).all(-1)
+    able, right = (~same).any(1).nonzero().flatten(), torch.arange(len(labels))
+    if not len(able): return right, right, torch.ones_like(right)
+    def wrong(scores):
+        shares = (scores.detach()[able].softmax(-1) + 1e-4).masked_fill(same[able], 0)
+        return torch.multinomial(shares, 1, generator=generator)[:, 0]
+    pictures, texts = torch.cat([right, able, wrong(scores.T)]), torch.cat([right, wrong(scores), able])
+    return pictures, texts, (torch.arange(len(pictures)) < len(right)).long()
+
+# %% ../../nbs/encoder/04_pretraining.ipynb #c81d35ae
+def itm_logits(encoder: Blip2Encoder, head: nn.Linear, tokens: Tensor, input_ids: Tensor,
+               attention_mask: Tensor) -> Tensor:
+    "Picture tokens (B,P,W) and words (B,L) to logits (B,2) of not belonging together and of doing so."
+    fused, _ = encoder.fuse(tokens, input_ids, attention_mask)
+    return head(fused).mean(1)
+
 # %% ../../nbs/encoder/04_pretraining.ipynb #aab4df35
 def train_qformer(encoder: Blip2Encoder, tokens: Tensor, pictures: Pictures, steps: int, seed: int,
-                  batch_size: int = 64, lr: float = 2.5e-3) -> list[float]:
-    "Stage three: match frozen tokens (N,P,W) with descriptions. The losses; sets the encoder's temperature."
+                  batch_size: int = 64, lr: float = 2.5e-3, itm_head: nn.Linear | None = None) -> list[float]:
+    """Stage three: match frozen tokens (N,P,W) with descriptions. The losses; sets the encoder's temperature.
+
+    With `itm_head`, which is trained too, by the joint pass as well; without, by contrast alone."""
     log_temperature = nn.Parameter(torch.tensor(math.log(0.07)))
     with seeded(seed, "qformer head"): head = FlatHead(8 * 64)
     words, count = np.random.default_rng([seed, 3]), itertools.count()
     def loss(rows, chance):
         if next(count) >= 0.4 * steps and torch.rand(1, generator=chance) < 0.5:
             rows = similar_rows(pictures.labels, batch_size, chance)
-        embedded, labels = encoder.encode_target(tokens[rows]), pictures.labels[rows]
-        texts = [caption_of(pictures.garments[row], words) for row in rows]
-        described = encoder.encode_text(*encoder.tokenize(texts))
+        seen, labels = tokens[rows], pictures.labels[rows]
+        embedded = encoder.encode_target(seen)
+        ids, mask = encoder.tokenize([caption_of(pictures.garments[row], words) for row in rows])
+        described = encoder.encode_text(ids, mask)
         scores = torch.einsum("itd,jd->ijt", embedded, described).amax(-1) / log_temperature.exp()
-        return match_loss(scores, labels) + answer_loss(head(embedded.flatten(1)), labels)
+        total = match_loss(scores, labels) + answer_loss(head(embedded.flatten(1)), labels)
+        if itm_head is None: return total
+        picture, text, together = itm_pairs(scores, labels, chance)
+        logits = itm_logits(encoder, itm_head, seen[picture], ids[text], mask[text])
+        return total + F.cross_entropy(logits, together)
+    trained = [encoder, head, nn.ParameterList([log_temperature])] + [itm_head] * (itm_head is not None)
     with seeded(seed, "qformer dropout"):
-        trained = [encoder, head, nn.ParameterList([log_temperature])]
         losses = optimise(trained, loss, len(tokens), steps=steps, batch_size=batch_size, lr=lr, seed=seed,
                           name="Q-Former")
     encoder.temperature = float(log_temperature.detach().exp())
@@ -328,37 +370,65 @@ def retrieval_agreement(encoder: Blip2Encoder, tokens: Tensor, pictures: Picture
     agree = (pictures.labels[found] == pictures.labels).float().mean(0)
     return dict(zip(QUESTIONS, agree.tolist()))
 
+# %% ../../nbs/encoder/04_pretraining.ipynb #d3f6a90b
+def another(garment: Garment, question: str, rng: np.random.Generator) -> Garment:
+    "The same garment with another answer to one question."
+    others = [value for value in QUESTIONS[question] if value != getattr(garment, question)]
+    return replace(garment, **{question: others[rng.integers(len(others))]})
+
+@torch.no_grad()
+def matching_accuracy(encoder: Blip2Encoder, itm_head: nn.Linear, tokens: Tensor, pictures: Pictures,
+                      seed: int) -> dict[str, float]:
+    """Per question, how often (0..1) a picture fits its description better than one that differs in that
+    answer alone; one half is chance."""
+    rng = np.random.default_rng([seed, 5])
+    def fit(garments):
+        texts = [caption_of(garment, rng) for garment in garments]
+        parts = [(tokens[i:i + 256], encoder.tokenize(texts[i:i + 256])) for i in range(0, len(texts), 256)]
+        logits = torch.cat([itm_logits(encoder, itm_head, seen, *words) for seen, words in parts])
+        return logits[:, 1] - logits[:, 0]
+    own, right = fit(pictures.garments), {}
+    for name in QUESTIONS:
+        wrong = fit([another(garment, name, rng) for garment in pictures.garments])
+        right[name] = (own > wrong).float().mean().item()
+    return right
+
 # %% ../../nbs/encoder/04_pretraining.ipynb #27ba11b0
 def examine(encoder: Blip2Encoder, train: tuple[Tensor, Pictures], test: tuple[Tensor, Pictures],
-            seed: int) -> dict[str, dict[str, float]]:
-    "All three tests; tokens (N,P,W) and pictures of the training and of an unseen set."
+            seed: int, itm_head: nn.Linear | None = None) -> dict[str, dict[str, float]]:
+    "All tests; tokens (N,P,W) and pictures of the training and of an unseen set. No matching without a head."
     def grid_tokens(tokens): return F.layer_norm(tokens[:, 1:], tokens.shape[-1:])
     (tokens, pictures), (unseen_tokens, unseen) = train, test
     with seeded(seed, "probes"): grid, flat = GridHead(), FlatHead()
     seen, new = grid_tokens(tokens), grid_tokens(unseen_tokens)
-    return {"grid probe": probe(grid, (seen, pictures.labels), (new, unseen.labels), seed),
-            "mean probe": probe(flat, (seen.mean(1), pictures.labels), (new.mean(1), unseen.labels), seed),
-            "retrieval agreement": retrieval_agreement(encoder, unseen_tokens, unseen, seed)}
+    figures = {"grid probe": probe(grid, (seen, pictures.labels), (new, unseen.labels), seed),
+               "mean probe": probe(flat, (seen.mean(1), pictures.labels), (new.mean(1), unseen.labels), seed),
+               "retrieval agreement": retrieval_agreement(encoder, unseen_tokens, unseen, seed)}
+    if itm_head is None: return figures
+    return figures | {"matching": matching_accuracy(encoder, itm_head, unseen_tokens, unseen, seed)}
 
 # %% ../../nbs/encoder/04_pretraining.ipynb #60e0b1ad
-def as_blip2(encoder: Blip2Encoder) -> Blip2ForImageTextRetrieval:
-    "The library's model with a copy of an encoder's weights and its temperature."
+def as_blip2(encoder: Blip2Encoder, itm_head: nn.Linear | None = None) -> Blip2ForImageTextRetrieval:
+    """The library's model with a copy of an encoder's weights, of a matching head, and its temperature.
+
+    Without a head the model has an untrained one."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # for the matching head, which nothing here uses
+        torch.manual_seed(0)  # for the untrained head
         model = Blip2ForImageTextRetrieval(encoder.config)
     for name in ("embeddings", "qformer", "vision_projection", "text_projection"):
         getattr(model, name).load_state_dict(getattr(encoder, name).state_dict())
     norm = {f"post_layernorm.{name}": value for name, value in encoder.ln_vision.state_dict().items()}
     model.vision_model.load_state_dict(encoder.vision_tower.state_dict() | norm)
     model.query_tokens.data.copy_(encoder.query_tokens)
+    if itm_head is not None: model.itm_head.load_state_dict(itm_head.state_dict())
     model.config.itc_temperature = round(encoder.temperature, 6)
     return model
 
 # %% ../../nbs/encoder/04_pretraining.ipynb #885dc57c
-def save_encoder(encoder: Blip2Encoder, folder: Path) -> Path:
+def save_encoder(encoder: Blip2Encoder, folder: Path, itm_head: nn.Linear | None = None) -> Path:
     "Write model, configuration and vocabulary as safetensors and JSON; `load_encoder(folder)` reads it back."
     with tempfile.TemporaryDirectory() as written:
-        as_blip2(encoder).save_pretrained(written)
+        as_blip2(encoder, itm_head).save_pretrained(written)
         encoder.tokenizer.save_pretrained(written)
         for file in sorted(Path(written).iterdir()):
             with replacing(Path(folder) / file.name) as part: shutil.copyfile(file, part)
@@ -374,5 +444,7 @@ class PretrainConfig:
     teacher_steps: int = 350
     tower_steps: int = 1300
     qformer_steps: int = 900
+    matching: bool = False  # train the joint pass too
+    tower: str = ""  # an encoder whose frozen tower is taken instead of training one
     folder: str = "runs/mini"  # where the model goes; dqe_cir/assets/mini replaces the one that ships
     record: str = ""  # a JSON file for the figures; empty: <folder>/pretrain.json

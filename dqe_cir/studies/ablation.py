@@ -137,7 +137,8 @@ AFTER_WARM_UP = {"random": MINED, "contrastive": (*MINED, *PAIRED)}  # what may 
 
 def warm_up_key(config: TrainConfig) -> str | None:
     "A name that is equal for configurations with the same warm-up; None for those without one."
-    if not METHODS[config.method].uses_negatives or config.warm_up not in AFTER_WARM_UP: return None
+    mines = form_of(config).wants_negatives(config) or config.batches == "trns"
+    if not mines or config.warm_up not in AFTER_WARM_UP: return None
     if not 0 < config.warmup_epochs < config.epochs: return None
     values = dataclasses.asdict(config).items()
     later = (*AFTER_WARM_UP[config.warm_up], "run_dir")

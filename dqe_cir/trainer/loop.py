@@ -124,7 +124,7 @@ def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int |
     devices = [stepper.device] if stepper.device.type == "cuda" else []
     bar = tqdm(total=config.epochs * steps, initial=first * steps, desc="training", unit="step",
                mininterval=1)
-    with bar, torch.random.fork_rng(devices), tower_aside(method):
+    with bar, torch.random.fork_rng(devices), tower_aside(method), quick_products(stepper.device):
         for epoch in range(first, last): one_epoch(method, data, run, stepper, epoch, evaluate, bar)
     if last == config.epochs: finish(run, method, data.negatives)
     return run.events
