@@ -8,7 +8,8 @@ __all__ = ['reported', 'published', 'measured']
 # %% ../../nbs/studies/05_systems.ipynb #05f30e39
 from IPython.display import Markdown
 
-from .ablation import finding, read_study, summary_table
+from .ablation import read_study, summary_table
+from .leaderboard import BOARDS, on_board, whose
 from .tables import read_figures
 
 # %% ../../nbs/studies/05_systems.ipynb #28afe53f
@@ -37,14 +38,18 @@ def published(system: str) -> Markdown:
 
 # %% ../../nbs/studies/05_systems.ipynb #0e5cfaa4
 def measured(method: str, baseline: str = "info_nce") -> Markdown:
-    "One row of the leaderboard's record beside the baseline's, and the comparison in a sentence."
+    "The rows of a method in the leaderboard's record beside the baseline's, and the comparison in a sentence."
     study = read_study("leaderboard")
     if not study: return Markdown("**Not run**: [the leaderboard](../leaderboard.ipynb) writes the record.")
     columns = ["mAP", "R@10", "top-1 valid"]
     table = summary_table(study["runs"], columns)
-    names = dict.fromkeys([method, baseline])
-    head = f"| {study['data']} {study['split']} | seeds | {' | '.join(columns)} |"
-    cells = {name: " | ".join(table[name][column] for column in ("seeds", *columns)) for name in names}
-    lines = [f"| `{name}` | {text} |" for name, text in cells.items()]
-    sentence = "" if method == baseline else finding(study["runs"], method, baseline) + "\n\n"
-    return Markdown(sentence + "\n".join([head, "|---|--:|" + "--:|" * len(columns), *lines]))
+    names = dict.fromkeys([method, *(["readings"] if method == "dqe_cir" else []), baseline])
+    head = f"| {study['data']} {study['split']} | recipe | seeds | {' | '.join(columns)} |"
+    lines = []
+    for name in names:
+        for board in BOARDS:
+            row = on_board(study, board).get(name)
+            if row is None: continue
+            lines.append(f"| `{name}` | {board} | {' | '.join(table[row][key] for key in ('seeds', *columns))} |")
+    told = [f"{whose(study, name, baseline)}\n\n" for name in names if name != baseline]
+    return Markdown("".join(told) + "\n".join([head, "|---|---|--:|" + "--:|" * len(columns), *lines]))
