@@ -62,7 +62,7 @@ class StateScalars(nn.Module):
 
 # %% ../nbs/ideas/04_attributes.ipynb #328eec20
 class ChannelGates(nn.Module):
-    "Per attribute, factors (B,A,D) from 0 to 2 on the channels of a query, conditioned on a text state (B,H)."
+    "Per attribute, factors (B,A,D) from 0 to 2 on a query's channels, conditioned on a text state (B,H)."
 
     def __init__(self, attributes: int, hidden: int, dimension: int):
         super().__init__()
@@ -190,7 +190,7 @@ LEXICON = {
 
 # %% ../nbs/ideas/04_attributes.ipynb #0ea654eb
 def listed(attribute: str, before: str = "") -> re.Pattern:
-    "A pattern of any word of an attribute's list, as a word of its own, after what a pattern `before` allows."
+    "A pattern of any word of an attribute's list, as a word of its own, after what `before` allows."
     words = LEXICON.get(attribute)
     if words is None: raise ValueError(f"no word list for attribute {attribute!r}: add one to LEXICON")
     return re.compile(rf"(?<![\w-]){before}(?:" + "|".join(map(re.escape, words)) + r")(?![\w-])")

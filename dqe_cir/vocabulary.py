@@ -239,7 +239,7 @@ def narrowed(vectors: Tensor) -> Tensor:
 def centred(vectors: Tensor, categories: list[str | None]) -> Tensor:
     "Vectors (N,D) less the mean of their category."
     names = sorted(set(categories), key=str)
-    group = torch.tensor([names.index(name) for name in categories])
+    group = torch.tensor([names.index(name) for name in categories], dtype=torch.long)
     sums = torch.zeros(len(names), vectors.shape[1], dtype=vectors.dtype).index_add_(0, group, vectors)
     return vectors - (sums / group.bincount().unsqueeze(1))[group]
 
@@ -374,6 +374,7 @@ def mined_vocabulary(captions: list[tuple[str, ...]], reference: Tensor, target:
 
     Where nothing can be mined the vocabulary is empty. Rows that do not fit together raise `ValueError`."""
     check_rows(captions, reference, target, categories)
+    if len(captions) < least: return Vocabulary({})
     reference, target = whitened(reference.cpu(), target.cpu(), categories or [None] * len(captions))
     words = visible_words(captions, reference, target, least, most, seen)
     said = presence(captions, words)

@@ -109,8 +109,8 @@ def grown(partners: list[torch.Tensor], size: int, keys: torch.Tensor) -> list[i
 # %% ../../nbs/trainer/03_batches.ipynb #6f35350a
 def clustered_batches(partners: list[torch.Tensor], rows: torch.Tensor, batch_size: int,
                       generator: torch.Generator) -> list[list[int]]:
-    """Batches of some rows (n,): the first half of each a cluster of partners, the rest random; each row once,
-    no batch above `batch_size`."""
+    """Batches of some rows (n,): the first half of each a cluster of partners, the rest random; each row
+    once, no batch above `batch_size`."""
     sizes = [len(part) for part in rows.tensor_split(math.ceil(len(rows) / batch_size))]
     keys, clusters = torch.full((len(partners),), -torch.inf), []
     keys[rows] = torch.rand(len(rows), generator=generator)

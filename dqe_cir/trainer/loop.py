@@ -21,7 +21,7 @@ from .config import TrainConfig, train_config
 from .mining import NegativePool
 from .runs import Run, build_method, keep_checkpoint, load_best, load_checkpoint, load_state
 from .runs import open_run, read_weights, save_weights
-from .step import Stepper, stage_factor, training_step
+from .step import Stepper, quick_products, stage_factor, training_step
 
 # %% ../../nbs/trainer/06_loop.ipynb #b368ac49
 def epoch_steps(data: TrainingSet, config: TrainConfig, epoch: int) -> list[list[list[int]]]:

@@ -41,7 +41,7 @@ class MiningOptions:
     zone_high: float | None = None
     zone_guard: float | None = None  # standard deviations below the target that are left out
     zone_on: str = "query"  # trns: a zone of the query's scores, or of images like the target
-    batches: str = "plain"  # or trns: half of every batch lies in each other's zones, from the first refresh on
+    batches: str = "plain"  # or trns: half of every batch lies in each other's zones, once mined
     negatives_per_query: int = 1
     warmup_epochs: int | None = None  # epochs before the first refresh
     refresh_every: int | None = None  # epochs; 0: only once
