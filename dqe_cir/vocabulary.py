@@ -53,6 +53,7 @@ def phrases_in(clause: list[tuple[str, bool]], longest: int = 2):
             words, said = zip(*clause[place:place + length])
             yield place, length, " ".join(words), all(said)
 
+# %% ../nbs/ideas/06_vocabulary.ipynb #34b9a5ce
 def found_in(text: str, known, longest: int = 2) -> list[tuple[str, bool]]:
     "The known phrases of a text as (phrase, is it said?), longest match from left to right."
     found = []
@@ -81,7 +82,7 @@ def check_values(attribute: str, values: tuple[tuple[str, ...], ...]) -> None:
 class Vocabulary:
     """Attributes, their values, and what says a value: `{"colour": (("red", "crimson"), ("blue",))}`.
 
-    `ValueError` for an attribute with fewer than two values, for an empty phrase, and for one that says two."""
+    `ValueError` for an attribute with fewer than two values, an empty phrase, or one that says two values."""
     attributes: dict[str, tuple[tuple[str, ...], ...]]
 
     def __post_init__(self):
@@ -93,16 +94,17 @@ class Vocabulary:
         twice = [phrase for phrase, count in counts.items() if count > 1]
         if twice: raise ValueError(f"phrase {twice[0]!r} is given twice: it can say one value only")
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        "How many values each attribute has; they sum to K."
-        return tuple(map(len, self.attributes.values()))
+# %% ../nbs/ideas/06_vocabulary.ipynb #1638ffb9
+@patch(as_prop=True)
+def sizes(self: Vocabulary) -> tuple[int, ...]:
+    "How many values each attribute has; they sum to K."
+    return tuple(map(len, self.attributes.values()))
 
-    @property
-    def values(self) -> list[tuple[str, str]]:
-        "(attribute, name of the value) of each of the K columns."
-        return [(attribute, phrases[0])
-                for attribute, values in self.attributes.items() for phrases in values]
+@patch(as_prop=True)
+def values(self: Vocabulary) -> list[tuple[str, str]]:
+    "(attribute, name of the value) of each of the K columns."
+    return [(attribute, phrases[0])
+            for attribute, values in self.attributes.items() for phrases in values]
 
 # %% ../nbs/ideas/06_vocabulary.ipynb #5a7f8255
 @patch(as_prop=True)
@@ -111,6 +113,7 @@ def columns(self: Vocabulary) -> dict[str, int]:
     everything = [phrases for values in self.attributes.values() for phrases in values]
     return {phrase: column for column, phrases in enumerate(everything) for phrase in phrases}
 
+# %% ../nbs/ideas/06_vocabulary.ipynb #5da42705
 @patch
 def label(self: Vocabulary, texts: list[str] | list[tuple[str, ...]]) -> Tensor:
     "Texts, or tuples of captions, to labels (B,K) float32; an attribute's part of a row sums to 1 or to 0."
@@ -137,6 +140,7 @@ def record(self: Vocabulary) -> dict:
     return {"attributes": {name: [list(phrases) for phrases in values]
                            for name, values in self.attributes.items()}}
 
+# %% ../nbs/ideas/06_vocabulary.ipynb #02f93e46
 @patch(cls_method=True)
 def from_record(cls: Vocabulary, record: dict) -> Vocabulary:
     "The vocabulary that `record()` wrote."
@@ -150,6 +154,7 @@ STOP_WORDS = frozenset("""
     same other another such like
 """.split())
 
+# %% ../nbs/ideas/06_vocabulary.ipynb #878c1c36
 def said_by(captions: list[tuple[str, ...]]) -> Counter:
     "How many triplets say each word and each pair of words, at least once and not denied."
     counts = Counter()
@@ -168,6 +173,7 @@ def stems(word: str) -> set[str]:
     doubled = {stem[:-1]} if stem[-1:] == stem[-2:-1] else set()
     return {stem, word[:-1], *doubled, *({stem[:-1] + "y"} if stem.endswith("i") else set())}
 
+# %% ../nbs/ideas/06_vocabulary.ipynb #38f01103
 def neighbours(captions: list[tuple[str, ...]]) -> tuple[Counter, Counter]:
     "How many triplets have each word, and each pair of words in a row; denied or not."
     words, pairs = Counter(), Counter()
@@ -212,6 +218,7 @@ def judged(captions: list[tuple[str, ...]], least: int = 20, most: float = 0.5) 
             if not verdict[part] and counts[whole] >= 0.9 * counts[part]: verdict[part] = f"part of {whole}"
     return verdict
 
+# %% ../nbs/ideas/06_vocabulary.ipynb #5ab67afc
 def candidates(captions: list[tuple[str, ...]], least: int = 20, most: float = 0.5) -> list[str]:
     "Phrases that may say a value, the commonest first."
     return [phrase for phrase, against in judged(captions, least, most).items() if not against]
@@ -243,6 +250,7 @@ def centred(vectors: Tensor, categories: list[str | None]) -> Tensor:
     sums = torch.zeros(len(names), vectors.shape[1], dtype=vectors.dtype).index_add_(0, group, vectors)
     return vectors - (sums / group.bincount().unsqueeze(1))[group]
 
+# %% ../nbs/ideas/06_vocabulary.ipynb #08887a79
 def whitened(reference: Tensor, target: Tensor, categories: list[str | None],
              ridge: float = 0.05) -> tuple[Tensor, Tensor]:
     "References and targets (N,D), centred per category and whitened together; float64."
@@ -302,6 +310,7 @@ def merges(alike: Tensor, power: float = 1.0):
         total, size = total[left][:, left], size[left]
         groups[first] = groups[first] + groups.pop(second)
 
+# %% ../nbs/ideas/06_vocabulary.ipynb #fbaf07ff
 def linkage(alike: Tensor, threshold: float, power: float = 1.0) -> list[list[int]]:
     "The groups of 0..n-1 that are left when no two are alike by more than the threshold."
     groups = [[item] for item in range(len(alike))]
@@ -315,6 +324,7 @@ def directions(said: Tensor, target: Tensor) -> Tensor:
     "(W,D): unit mean of the whitened targets of which each of W things is said (N,W)."
     return F.normalize(said.T @ target / said.sum(0).clamp(min=1).unsqueeze(1), dim=1)
 
+# %% ../nbs/ideas/06_vocabulary.ipynb #91cbc432
 def likeness(said: Tensor, target: Tensor) -> Tensor:
     "(W,W): cosine of the directions of W words (N,W) in whitened targets (N,D), corrected for noise."
     count = said.sum(0).clamp(min=1)
@@ -341,6 +351,7 @@ def caption_rivalry(said: Tensor) -> Tensor:
     chance = chance * together[others].sum() / chance[others].sum()
     return ((chance - together) / chance.sqrt().clamp(min=1e-9)).fill_diagonal_(0)
 
+# %% ../nbs/ideas/06_vocabulary.ipynb #8d3e33ae
 def rivalry(said: Tensor, reference: Tensor, target: Tensor) -> Tensor:
     "(V,V): both witnesses together, S = (image + caption) / sqrt 2."
     return (image_rivalry(said, reference, target) + caption_rivalry(said)) / 2 ** 0.5
@@ -357,6 +368,7 @@ def arranged(groups: list[list[list[str]]], counts: dict[str, float]) -> Vocabul
     attributes.sort(key=lambda values: often([word for words in values for word in words]))
     return Vocabulary({"/".join(words[0] for words in values[:3]): values for values in attributes})
 
+# %% ../nbs/ideas/06_vocabulary.ipynb #edd23955
 def check_rows(captions, reference: Tensor, target: Tensor, categories) -> None:
     "`ValueError` unless there is one finite reference, one target and one category per triplet."
     counts = {len(captions), len(reference), len(target), len(captions if categories is None else categories)}

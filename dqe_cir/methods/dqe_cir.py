@@ -22,7 +22,7 @@ from .readings import READING_OPTIONS, ReadsAttributes, check_readings
 # %% ../../nbs/methods/80_dqe_cir.ipynb #a9841f7d
 RANK_MARGIN, ATTRIBUTE_MARGINS = 0.10, {"colour": 0.15, "shape": 0.10}
 
-class DQECIR(Method, LearnedTemperature, ReadsAttributes):
+class DQECIR(ReadsAttributes, Method, LearnedTemperature):
     "Attribute-aware queries trained on one target relative negative each."
     uses_negatives = True
     options = (

@@ -21,7 +21,7 @@ from .readings import READING_OPTIONS, ReadsAttributes, check_readings
 # %% ../../nbs/methods/10_info_nce.ipynb #bfe5be1d
 LIKENESS_TEMPERATURE = 0.1  # of the similarity of two targets, for soft_labels="target"
 
-class InfoNCE(Method, LearnedTemperature, ReadsAttributes):
+class InfoNCE(ReadsAttributes, Method, LearnedTemperature):
     "Joint Q-Former query against the gallery's best token; in-batch softmax with softened labels."
     options = ("label_smoothing", "aligned", "soft_labels", "temperature", *READING_OPTIONS)
     paper = dict(captions="some")  # nobody's: plain InfoNCE, as SPRC and QuRe would write it

@@ -71,13 +71,12 @@ def run_vocabulary(kind: str, dataset: CIRDataset, reference: Tensor, target: Te
 GATES_FROM = 0.25  # share of the training before the weights of the attributes move
 
 class ReadsAttributes:
-    "A further base class of a `Method` whose vectors carry readings; without a vocabulary it does nothing."
-    vocabulary: Vocabulary | None = None
-    readings: AttributeReadings | None = None
+    "The first base class of a `Method` whose vectors carry readings; without a vocabulary it does nothing."
 
     def will_read(self, config) -> None:
         "Take a run's `ReadingOptions` and seed from its configuration; without one there are no readings."
         options = {} if config is None else {name: getattr(config, name) for name in READING_OPTIONS}
+        self.vocabulary, self.readings = None, None
         self.reading, self.reading_seed = ReadingOptions(**options), getattr(config, "seed", 0)
         terms = {"words": self.reading.words_weight, "match": self.reading.match_weight}
         self.weights = {**self.weights, **terms}

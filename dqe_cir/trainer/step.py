@@ -107,7 +107,9 @@ def training_step(method: Method, batches, stepper: Stepper) -> dict[str, float]
         scaler.scale(total * share).backward()
         for name, value in zip(("total", *terms), values): sums[name] = sums.get(name, 0.0) + share * value
     scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    for clip in ("all", "apart"):
+        together = [p for group in optimizer.param_groups if group["clip"] == clip for p in group["params"]]
+        nn.utils.clip_grad_norm_(together, 1.0)
     scaler.step(optimizer)
     scaler.update()
     return sums
