@@ -32,7 +32,7 @@ class DQECIR(ReadsAttributes, Method, LearnedTemperature):
     )
     paper = dict(captions="some", temperature=0.07, zone="absolute")  # and our readings where none is stated
     common = dict(readings="mined", attribute_mode="off", preference_weight=0.0, ranking_weight=0.0,
-                  attribute_weight=0.0, contrastive_weight=1.0)  # our reading: sub-queries that read
+                  attribute_weight=0.0, contrastive_weight=1.0, batches="trns")  # our reading: sub-queries that read
     published = dict.fromkeys(("fashioniq", "cirr"), dict(head_rate=20.0))  # our reading: none is stated
 
     def __init__(
