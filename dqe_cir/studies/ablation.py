@@ -746,7 +746,10 @@ def study_report(
     rows = {condition: values | {"mAP difference": differs.get(condition, {}).get("mAP")}
             for condition, values in cells.items()}
     columns = ["seeds", *measures, "mAP difference"]
-    table = text_table(rows, columns, f"{name}: difference to {baseline}", bold=baseline)
+    means = {condition: [*values_of(runs, condition, measures[0]).values()] for condition in cells}
+    best = max((some for some in means if means[some]), key=lambda some: statistics.mean(means[some]))
+    title = f"{name}: difference to {baseline}; bold: the highest {measures[0]}"
+    table = text_table(rows, columns, title, bold=best)
     others = findings(runs, [(condition, baseline) for condition in cells if condition != baseline])
     return Markdown("\n\n".join([source_line(study), table.data, others.data]))
 
