@@ -112,7 +112,9 @@ def recipe_of(config: TrainConfig) -> dict:
     switches = COMMON | OWN | method.common if name == "common" else PLAIN | OWN | method.paper
     read, idle = {*options_of(method), *EVERYBODY}, PLAIN | {"warm_up": None}
     chosen = {key: switches[key] if key in read else idle[key] for key in PLAIN}
-    return {"recipe": name} | chosen | {key: switches[key] for key in OWN}
+    own = {key: switches[key] for key in OWN}
+    if config.negatives not in (None, "trns") or config.contrastive_weight == 0: own["batches"] = "plain"
+    return {"recipe": name} | chosen | own
 
 # %% ../../nbs/trainer/02_config.ipynb #f3ff8209
 def presets(config: TrainConfig) -> dict:
