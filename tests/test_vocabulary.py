@@ -1,4 +1,5 @@
 "What captions say, vocabularies and their labels, merging against a slow twin, and planted attributes that are found."
+import functools
 import itertools
 import json
 
@@ -135,9 +136,14 @@ def test_faults_come_in_their_shares_and_keep_the_sums():
     with pytest.raises(ValueError, match="gaps -0.1 and noise 0.0"): faulty(labels, BY_HAND.sizes, -0.1, 0.0, generator(0))
 
 
+@functools.cache
+def full_world():
+    return make_world("full", 0)
+
+
 def garment_triplets(noise, seed=0):
     "Captions of the full garments, and embeddings that show every value by a direction of its own: no picture is drawn."
-    world = make_world("full", 0)
+    world = full_world()
     captions, looks, categories = [], [], []
     for category, queries in world.queries["train"].items():
         for row in fashioniq_rows(queries, category, np.random.default_rng([seed, *category.encode()])):

@@ -32,7 +32,7 @@ class DQECIR(ReadsAttributes, Method, LearnedTemperature):
     )
     paper = dict(captions="some", temperature=0.07, zone="absolute")  # and our readings where none is stated
     common = dict(readings="mined", attribute_mode="off", preference_weight=0.0, ranking_weight=0.0,
-                  attribute_weight=0.0, contrastive_weight=1.0)  # our reading: sub-queries that read
+                  attribute_weight=0.0, contrastive_weight=1.0, batches="trns")  # our reading: sub-queries that read
     published = dict.fromkeys(("fashioniq", "cirr"), dict(head_rate=20.0))  # our reading: none is stated
 
     def __init__(
@@ -98,7 +98,8 @@ def composed(self: DQECIR, reference: Tensor, texts: list[str]) -> ComposedQuery
 def own_states(self: DQECIR, reference: Tensor, texts: list[str]) -> Tensor:
     "Fused states (A,B,T,H) of reference tokens (B,P,W) with each attribute's own words of B texts."
     spoken = [own_words(texts, name) for name in self.compose.attributes]
-    return torch.stack([self.encoder.fuse(reference, *self.encoder.tokenize(own), words=0)[0] for own in spoken])
+    passes = [self.encoder.fuse(reference, *self.encoder.tokenize(own), words=0) for own in spoken]
+    return torch.stack([states for states, _ in passes])
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #252028c4
 @patch

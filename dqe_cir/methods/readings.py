@@ -7,7 +7,7 @@ __all__ = ['READING_OPTIONS', 'VOCABULARIES', 'GATES_FROM', 'ReadingOptions', 'c
            'ReadsAttributes']
 
 # %% ../../nbs/methods/06_readings.ipynb #f5792609
-import json
+import json, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -56,16 +56,17 @@ def check_readings(config) -> None:
 
 # %% ../../nbs/methods/06_readings.ipynb #06b8911a
 def run_vocabulary(kind: str, dataset: CIRDataset, reference: Tensor, target: Tensor) -> Vocabulary:
-    """The vocabulary of a kind for a training set whose reference and target vectors are (N,D); `ValueError`
-    where its captions give none."""
+    """The vocabulary of a kind for a training set whose reference and target vectors are (N,D); empty, with a
+    warning, where its captions give no attribute."""
     if kind == "hand": return Vocabulary(SPECS[dataset.name].word_lists)
     captions = [triplet.captions for triplet in dataset.triplets]
     categories = [triplet.category for triplet in dataset.triplets]
     vocabulary = mined_vocabulary(captions, reference, target, categories)
     if kind == "paper": vocabulary = named_by(vocabulary, LEXICON)
-    if vocabulary.sizes: return vocabulary
-    raise ValueError(f"readings={kind}: {len(captions)} triplets of {dataset.name} give no attribute that the "
-                     "encoder's embeddings tell apart; use readings=none, or more triplets")
+    if not vocabulary.sizes:
+        warnings.warn(f"readings={kind}: {len(captions)} triplets of {dataset.name} give no attribute that the "
+                      "encoder's embeddings tell apart; this run trains without readings")
+    return vocabulary
 
 # %% ../../nbs/methods/06_readings.ipynb #c79cd140
 GATES_FROM = 0.25  # share of the training before the weights of the attributes move
@@ -127,6 +128,7 @@ def prepare(self: ReadsAttributes, dataset: CIRDataset, tokens, folder: Path) ->
         target = vectors[[place[t.target] for t in dataset.triplets]]
         write_json(path, run_vocabulary(kind, dataset, reference, target).record())
     self.restore(folder)
+    if self.readings is None: return None
     labels = self.vocabulary.label([t.captions for t in dataset.triplets])
     spoil = self.reading.label_gaps, self.reading.label_noise, generator(self.reading_seed, "label faults")
     return faulty(labels, self.vocabulary.sizes, *spoil)
@@ -135,7 +137,9 @@ def prepare(self: ReadsAttributes, dataset: CIRDataset, tokens, folder: Path) ->
 def restore(self: ReadsAttributes, folder: Path) -> None:
     "Take up the vocabulary that a run's folder holds, if it holds one."
     path = Path(folder) / "vocabulary.json"
-    if path.exists(): self.read_with(Vocabulary.from_record(json.loads(path.read_text())))
+    if not path.exists(): return
+    vocabulary = Vocabulary.from_record(json.loads(path.read_text()))
+    if vocabulary.sizes: self.read_with(vocabulary)
 
 # %% ../../nbs/methods/06_readings.ipynb #6ba2bb0c
 @patch

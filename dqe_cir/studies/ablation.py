@@ -50,9 +50,9 @@ TERMS = dict(preference_weight=1.0, ranking_weight=0.5, attribute_weight=0.25)  
 NO_TERMS = dict.fromkeys(TERMS, 0.0)
 TUNED = dict(method="info_nce", recipe="common")
 DQE = dict(method="dqe_cir", recipe="common", attribute_mode="off", contrastive_weight=0.0) | NO_TERMS
-OURS = DQE | dict(readings="mined", contrastive_weight=1.0)
-PLAIN = DQE | dict(readings="none", preference_weight=1.0)
-PAPER = DQE | TERMS | dict(recipe="paper", attribute_mode="learned", readings="none")
+OURS = DQE | dict(readings="mined", contrastive_weight=1.0, batches="trns")
+PLAIN = DQE | dict(readings="none", batches="plain", preference_weight=1.0)
+PAPER = DQE | TERMS | dict(recipe="paper", attribute_mode="learned", readings="none", batches="plain")
 SOURCES = ("trns", "random", "hardest", "in_batch", "qure", "qure_window")  # of the negative
 
 # %% ../../nbs/studies/01_ablation.ipynb #5ab1c0d1
@@ -68,7 +68,7 @@ FAMILIES: dict[str, dict[str, dict]] = {
         "without_gate": OURS | dict(readings_gated=False),
         "label_gaps": OURS | dict(label_gaps=0.5),
         "label_noise": OURS | dict(label_noise=0.2),
-        "trns_batches": OURS | dict(batches="trns"),
+        "plain_batches": OURS | dict(batches="plain"),
         "pairwise_terms": OURS | TERMS | dict(attribute_mode="learned"),
         "some_captions": OURS | dict(captions="some"),
     },
@@ -97,7 +97,7 @@ REASONS = {
     "without_gate": "every attribute with the same weight in the score",
     "label_gaps": "half of the words of the requests are not heard",
     "label_noise": "a fifth of the words that are heard are wrong",
-    "trns_batches": "half of each batch are targets in each other's zone",
+    "plain_batches": "batches are drawn at random, and nothing is mined",
     "pairwise_terms": "one negative from the zone and the paper's terms, on top of the contrastive one",
     "some_captions": "of two captions one is left out half of the time",
     "paper": "one vector, absolute bounds of the zone, margins, refresh at intervals, its own recipe",

@@ -66,6 +66,7 @@ class TrainConfig(PairOptions, ReadingOptions):
     temperature: float | None = None  # where a learned one starts; None in the end: at the encoder's
     warm_up: str | None = None  # until negatives are mined: none, random (pairs) or contrastive
     captions: str | None = None  # of a triplet: both, some (one or both) or own (as the method's authors do)
+    batches: str | None = None  # plain, or trns: half of every batch lies in each other's zones, once mined
     zone: str | None = None  # trns: quantile, absolute or meanstd
     weight_decay: float = 0.05
     evaluate_every: int | None = None  # epochs between two looks at the held-out queries; 0: only at the end
@@ -101,7 +102,7 @@ COMMON = dict(aligned=True, label_smoothing=0.2, temperature=None, warm_up="cont
 PLAIN = dict(aligned=False, label_smoothing=0.0, temperature=None, warm_up="random", captions="own",
              zone="quantile")  # of `paper`, where a method's own says nothing else
 OWN = dict(readings="none", attribute_mode="learned", preference_weight=1.0, ranking_weight=0.5,
-           attribute_weight=0.25, contrastive_weight=0.0)  # of some methods; `paper` and `common` may differ
+           attribute_weight=0.25, contrastive_weight=0.0, batches="plain")  # of some methods; `paper` and `common` may differ
 EVERYBODY = ("captions",)  # read by the trainer, whatever the method
 
 def recipe_of(config: TrainConfig) -> dict:
@@ -111,7 +112,9 @@ def recipe_of(config: TrainConfig) -> dict:
     switches = COMMON | OWN | method.common if name == "common" else PLAIN | OWN | method.paper
     read, idle = {*options_of(method), *EVERYBODY}, PLAIN | {"warm_up": None}
     chosen = {key: switches[key] if key in read else idle[key] for key in PLAIN}
-    return {"recipe": name} | chosen | {key: switches[key] for key in OWN}
+    own = {key: switches[key] for key in OWN}
+    if config.negatives not in (None, "trns") or config.contrastive_weight == 0: own["batches"] = "plain"
+    return {"recipe": name} | chosen | own
 
 # %% ../../nbs/trainer/02_config.ipynb #f3ff8209
 def presets(config: TrainConfig) -> dict:

@@ -17,7 +17,7 @@ from ..data.datasets import load_dataset
 from ..encoder.tokens import cache_tokens
 from ..methods.base import Method
 from .batches import TrainingSet, epoch_batches, negative_tokens, training_set
-from .config import TrainConfig, train_config
+from .config import TrainConfig, form_of, train_config
 from .mining import NegativePool
 from .runs import Run, build_method, keep_checkpoint, load_best, load_checkpoint, load_state
 from .runs import open_run, read_weights, save_weights
@@ -83,7 +83,8 @@ def one_epoch(method: Method, data: TrainingSet, run: Run, stepper: Stepper, epo
     regular = config.evaluate_every and ended % config.evaluate_every == 0
     due = evaluate and (regular or ended == config.epochs)
     metrics = evaluate(method.eval()) if due else None
-    run.log("epoch", epoch=ended, loss=terms, metrics=metrics, false_negatives=data.false_negatives(epoch))
+    wrong = data.false_negatives(epoch) if form_of(config).wants_negatives(config) else None
+    run.log("epoch", epoch=ended, loss=terms, metrics=metrics, false_negatives=wrong)
     keep_checkpoint(run, method, stepper, ended, data.negatives)
 
 # %% ../../nbs/trainer/06_loop.ipynb #f70ffa57

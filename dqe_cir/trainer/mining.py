@@ -62,7 +62,7 @@ SAMPLERS: dict[str, Callable[[MiningOptions], Sampler | None]] = {
 }
 
 # %% ../../nbs/trainer/01_mining.ipynb #f9b3e8d0
-ZONE_OPTIONS = ("zone", "zone_low", "zone_high", "zone_guard", "zone_on", "batches")
+ZONE_OPTIONS = ("zone", "zone_low", "zone_high", "zone_guard", "zone_on")
 
 def unread_options(negatives: str) -> tuple[str, ...]:
     "Names of the miner's options that a way of drawing does not look at."
@@ -83,7 +83,10 @@ def check_zone(options) -> None:
 # %% ../../nbs/trainer/01_mining.ipynb #f147f4b1
 def check_batches(options) -> None:
     "Raise `ValueError` for clustered batches that no term of the loss looks at."
-    if options.batches == "trns" and not getattr(options, "contrastive_weight", 0):
+    if options.batches != "trns": return
+    if options.negatives != "trns":
+        raise ValueError(f"batches=trns clusters by the zone: negatives={options.negatives} has none; use batches=plain")
+    if not getattr(options, "contrastive_weight", 0):
         raise ValueError("batches=trns chooses the rows that meet in the contrastive term: "
                          "contrastive_weight=0 leaves it out")
 
