@@ -102,7 +102,7 @@ COMMON = dict(aligned=True, label_smoothing=0.2, temperature=None, warm_up="cont
 PLAIN = dict(aligned=False, label_smoothing=0.0, temperature=None, warm_up="random", captions="own",
              zone="quantile")  # of `paper`, where a method's own says nothing else
 OWN = dict(readings="none", attribute_mode="learned", preference_weight=1.0, ranking_weight=0.5,
-           attribute_weight=0.25, contrastive_weight=0.0, batches="plain")  # of some methods; `paper` and `common` may differ
+           attribute_weight=0.25, contrastive_weight=0.0, batches="plain")  # where a method says nothing else
 EVERYBODY = ("captions",)  # read by the trainer, whatever the method
 
 def recipe_of(config: TrainConfig) -> dict:
@@ -152,10 +152,9 @@ def choices(config: TrainConfig) -> dict[str, tuple[str, ...]]:
             "size": ("full", "smoke"), "precision": tuple(DTYPES), "evaluate_on": spec.held_out,
             "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "zone_on": ("query", "target"),
             "batches": ("plain", "trns"), "attribute_mode": MODES, "sub_query": SUB_QUERIES,
-            "attribute_negatives": ("shared", "own"),
-            "readings": VOCABULARIES, "recipe": ("common", "paper"), "warm_up": ("none", "random", "contrastive"),
-            "captions": ("both", "some", "own"),
-            "soft_labels": ("even", "target"), "annotators": ("even", "uneven") if spec.drawn else ("even",),
+            "attribute_negatives": ("shared", "own"), "readings": VOCABULARIES,
+            "recipe": ("common", "paper"), "warm_up": ("none", "random", "contrastive"),
+            "captions": ("both", "some", "own"), "soft_labels": ("even", "target"), "annotators": ("even", "uneven") if spec.drawn else ("even",),
             "select_on": ("last", "val", "train_holdout")}
 
 # %% ../../nbs/trainer/02_config.ipynb #5a8db61a
@@ -212,8 +211,8 @@ def check_ranges(config: TrainConfig) -> None:
 def check_warm_up(config: TrainConfig) -> None:
     "Raise `ValueError` for a resolved warm-up without epochs, or for epochs of none."
     if (config.warm_up == "none") == (config.warmup_epochs == 0): return
-    raise ValueError(f"warm_up={config.warm_up} and warmup_epochs={config.warmup_epochs} contradict each other: "
-                     "name one of them, or 0 epochs for none")
+    raise ValueError(f"warm_up={config.warm_up} and warmup_epochs={config.warmup_epochs} contradict "
+                     "each other: name one of them, or 0 epochs for none")
 
 # %% ../../nbs/trainer/02_config.ipynb #ff329976
 def train_config(values: dict) -> TrainConfig:
