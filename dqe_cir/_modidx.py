@@ -1613,6 +1613,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'dqe_cir/studies/ablation.py'),
                                           'dqe_cir.studies.ablation.read_study': ( 'studies/ablation.html#read_study',
                                                                                    'dqe_cir/studies/ablation.py'),
+                                          'dqe_cir.studies.ablation.recorded_conditions': ( 'studies/ablation.html#recorded_conditions',
+                                                                                            'dqe_cir/studies/ablation.py'),
                                           'dqe_cir.studies.ablation.run_job': ( 'studies/ablation.html#run_job',
                                                                                 'dqe_cir/studies/ablation.py'),
                                           'dqe_cir.studies.ablation.run_study': ( 'studies/ablation.html#run_study',
