@@ -1546,6 +1546,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                    'dqe_cir/studies/ablation.py'),
                                           'dqe_cir.studies.ablation.check_against': ( 'studies/ablation.html#check_against',
                                                                                       'dqe_cir/studies/ablation.py'),
+                                          'dqe_cir.studies.ablation.check_finished': ( 'studies/ablation.html#check_finished',
+                                                                                       'dqe_cir/studies/ablation.py'),
                                           'dqe_cir.studies.ablation.check_record': ( 'studies/ablation.html#check_record',
                                                                                      'dqe_cir/studies/ablation.py'),
                                           'dqe_cir.studies.ablation.check_study': ( 'studies/ablation.html#check_study',
