@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from helpers import PAIRWISE
+
 from dqe_cir.trainer import mining
 from dqe_cir.core import generator
 from dqe_cir.data import CIRDataset, Triplet
