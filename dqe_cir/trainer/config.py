@@ -105,6 +105,7 @@ OWN = dict(readings="none", attribute_mode="learned", preference_weight=1.0, ran
            attribute_weight=0.25, contrastive_weight=0.0, batches="plain")  # where a method says nothing else
 EVERYBODY = ("captions",)  # read by the trainer, whatever the method
 
+# %% ../../nbs/trainer/02_config.ipynb #8b8ab335
 def recipe_of(config: TrainConfig) -> dict:
     "Name and switches of the run's recipe; a switch that its method does not read stands for nothing done."
     method, small = form_of(config), encoder_size(config.encoder) == "small"
@@ -171,6 +172,7 @@ def given(config: TrainConfig) -> dict:
     values = dataclasses.asdict(config)
     return {name: value for name, value in values.items() if value not in (None, defaults[name])}
 
+# %% ../../nbs/trainer/02_config.ipynb #08104d33
 def check_read(config: TrainConfig, negatives: str) -> None:
     "Raise `ValueError` for a parameter that was given and that nothing in this run would look at."
     ignored = sometimes_read() - options_of(form_of(config))
@@ -241,5 +243,6 @@ def as_meant(values: dict) -> dict:
     warm_up = {"dqe_cir": "contrastive", "qure": "random"}.get(method)
     if warm_up and values.get("warmup_epochs") == 0: warm_up = "none"
     start = 0.07 if method == "dqe_cir" else None
-    absent = dict(recipe=None, temperature=start, warm_up=warm_up, captions="own", readings="none")
+    absent = dict(recipe=None, temperature=start, warm_up=warm_up, captions="own", readings="none",
+                  batches="plain")
     return values | idle | absent
