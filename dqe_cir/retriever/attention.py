@@ -42,7 +42,8 @@ def not_worth_showing(maps: Tensor) -> str:
     flat = maps.flatten(1)
     entropy = -(flat * flat.clamp(min=1e-12).log()).sum(1) / math.log(flat.shape[1])
     if entropy.min() > EVEN:
-        return f"No attribute looks at one place rather than another: every map is even to {entropy.min():.0%}."
+        even = f"every map is even to {entropy.min():.0%}"
+        return f"No attribute looks at one place rather than another: {even}."
     directions = F.normalize(flat, dim=1)
     cosine = (directions @ directions.T).min().item()
     if len(maps) > 1 and cosine > ALIKE:

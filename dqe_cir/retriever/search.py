@@ -61,7 +61,8 @@ def gate_shares(composed: ComposedQuery | ReadQuery, gate="learned") -> Tensor:
 
     Of a query with readings: what each part counts, 1 and the weights of the attributes in use."""
     if isinstance(composed, ReadQuery):
-        return torch.cat([composed.roots.new_ones(1), composed.roots.square() * reading_factors(composed, gate)])
+        weights = composed.roots.square() * reading_factors(composed, gate)
+        return torch.cat([weights.new_ones(1), weights])
     learned = composed.gate[0]
     if isinstance(gate, str) and gate == "learned": return learned
     if isinstance(gate, str) and gate == "off": return torch.eye(len(learned))[0].to(learned)
