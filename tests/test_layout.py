@@ -28,7 +28,7 @@ ALLOWED = {
     "show": {"core", "data"},
     "methods": {"core", "retrieval", "losses", "attributes", "vocabulary", "readings", "data", "encoder"},
     "evaluator": {"core", "retrieval", "metrics", "data", "methods", "show"},
-    "trainer": {"core", "retrieval", "attributes", "sampler", "data", "encoder", "methods", "evaluator"},
+    "trainer": {"core", "retrieval", "attributes", "vocabulary", "sampler", "data", "encoder", "methods", "evaluator"},
     "studies": {"core", "sampler", "data", "encoder", "methods", "evaluator", "trainer", "show"},
     "retriever": {"core", "attributes", "data", "encoder", "evaluator", "trainer", "show"},
 }
