@@ -14,12 +14,15 @@ from dqe_cir.encoder import cache_tokens, load_encoder
 from dqe_cir.evaluator.scoring import encode_gallery, encode_queries
 from dqe_cir.methods.info_nce import InfoNCE
 from dqe_cir.retriever import Retriever
+from dqe_cir.retriever.attention import not_worth_showing
 from dqe_cir.retriever.drawn import garments_at_once
 from dqe_cir.retriever.index import compared, picture_files
-from dqe_cir.retriever.search import gate_shares, gated
+from dqe_cir.retriever.page import MOST
+from dqe_cir.retriever.search import ReadQuery, gate_by_hand, gate_shares, gated
 from dqe_cir.retriever import SHIPPED, SearchPage, Session
-from dqe_cir.trainer import smoke_run
+from dqe_cir.trainer import build_method, smoke_run, train_config
 from dqe_cir.trainer.runs import trained_state
+from dqe_cir.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +74,17 @@ def test_odd_files_are_listed_or_read(folder, retriever):
     assert all(retriever.unreadable.values())
 
 
-def test_a_gate_by_hand_is_the_formula(gallery, retriever):
-    retriever.index(gallery)
-    composed = retriever.ask(gallery.gallery[0], "is red and has long sleeves")
+@pytest.fixture(scope="module")
+def mixing(gallery):
+    "An untrained model with sub-queries, as the paper has them."
+    config = train_config({"dataset": "garments", "size": "smoke", "method": "dqe_cir", "recipe": "paper"})
+    made = Retriever(build_method(config), config)
+    made.index(gallery)
+    return made
+
+
+def test_a_gate_by_hand_is_the_formula(gallery, mixing):
+    composed = mixing.ask(gallery.gallery[0], "is red and has long sleeves")
     weights = torch.tensor([0.2, 0.5, 0.3])
     mixed = 0.2 * composed.base[0] + 0.5 * composed.parts[0, 0] + 0.3 * composed.parts[0, 1]
     assert_close(gated(composed, (2, 5, 3))[0], mixed / mixed.norm())
@@ -81,6 +92,110 @@ def test_a_gate_by_hand_is_the_formula(gallery, retriever):
     assert_close(gated(composed, "off"), composed.base)
     for bad in ((0, 0, 0), (-1, 1, 1), (1, 1), (float("nan"), 1, 1), "none"):
         with pytest.raises(ValueError): gated(composed, bad)
+
+
+# ---- readings
+
+WORDS = Vocabulary({"yellow/grey/red": (("yellow",), ("grey", "gray"), ("red",), ("blue",)), "plain/striped": (("plain",), ("striped", "stripes"))})
+
+
+@pytest.fixture(scope="module")
+def reading(gallery):
+    "An untrained model that reads two attributes as if they had been mined; one root is negative, as training may leave it."
+    config = train_config({"dataset": "garments", "size": "smoke", "method": "dqe_cir", "readings": "mined"})
+    method = build_method(config)
+    method.read_with(WORDS)
+    with torch.no_grad(): method.readings.root.copy_(torch.tensor([0.6, -0.3]))
+    made = Retriever(method, config)
+    made.index(gallery)
+    return made
+
+
+@pytest.mark.parametrize("gate", ["learned", "off", (1, 1), (0, 2.5), (3, 0), (0, 0)])
+def test_a_score_is_the_plain_one_and_the_agreements(gallery, reading, gate):
+    "q x + sum_a f_a lambda_a p_a(q) p_a(x), computed here from the readings themselves, part by part."
+    factors = {"learned": (1, 1), "off": (0, 0)}.get(gate, gate)
+    name, text = gallery.gallery[0], "is red and striped"
+    asked = reading.ask(name, text)
+    for result in reading.search(name, text, 5, gate):
+        image = reading.embeddings[reading.ids.index(result.id), 0, :-6]
+        parts = [asked.base[0] @ image]
+        for factor, weight, said, shown in zip(factors, (0.36, 0.09), asked.readings[0].split((4, 2)), reading.method.readings(image).split((4, 2))):
+            parts.append(factor * weight * (said @ shown))
+        why = reading.explain(name, text, result.id, gate)
+        assert_close(torch.tensor(why.contributions), torch.stack(parts).detach(), rtol=2e-3, atol=1e-4)
+        assert abs(sum(why.contributions) - result.score) < 1e-5
+        assert_close(torch.tensor(why.used), torch.tensor([1, 0.36 * factors[0], 0.09 * factors[1]]))
+
+
+def test_a_learned_query_is_the_methods_own(gallery, reading):
+    "To the last bit, so that the search ranks as the evaluation does; and the index is of the same length."
+    tokens = reading.tokens_of(gallery.gallery[3])[1]
+    with torch.no_grad(): own = reading.method.encode_query(tokens, ["is red"])
+    assert torch.equal(reading.ask(gallery.gallery[3], "is red").query, own)
+    assert reading.embeddings.shape[-1] == own.shape[-1]
+    asked = reading.ask(gallery.gallery[3], "is red")
+    assert isinstance(asked, ReadQuery) and gate_by_hand(asked) == [1, 1] and gate_by_hand(asked, "off") == [0, 0]
+    for bad in ((-1, 1), (1, 1, 1), (float("nan"), 1), (float("inf"), 1), "none"):
+        with pytest.raises(ValueError): gated(asked, bad)
+
+
+def test_an_explanation_names_values(gallery, reading, monkeypatch):
+    "Names of mined attributes, a reading per side, and which the text names; an attribute of weight 0 is read too."
+    monkeypatch.setattr(reading.method.readings.root, "data", torch.tensor([0.6, 0.0]))
+    why = reading.explain(gallery.gallery[0], "is gray", gallery.gallery[1])
+    assert why.parts == ("plain query", "yellow / grey / red …", "plain / striped") and why.maps is None
+    assert why.spoken == {"yellow / grey / red …": True, "plain / striped": False}
+    colour, pattern = why.readings
+    assert colour.values == ("yellow", "grey", "red", "blue") and pattern.weight == 0 == why.contributions[2]
+    for side in ("reference", "query", "picture"):
+        assert sum(getattr(pattern, side)) == pytest.approx(1) and pattern.said_of(side)[0] in pattern.values
+
+
+def test_a_model_with_readings_is_saved_and_loaded(gallery, reading, mixing, tmp_path):
+    "With its vocabulary and its index of longer vectors; the loaded one answers alike. Another model in its place leaves nothing of it."
+    folder = reading.save(tmp_path / "model")
+    again = Retriever.load(folder, device="cpu")
+    assert again.method.vocabulary == WORDS and len(again) == len(reading) and again.weighed == reading.weighed
+    found, same = (one.search(gallery.gallery[0], "is striped", 5, (2, 0.5)) for one in (reading, again))
+    assert [(result.id, round(result.score, 5)) for result in found] == [(result.id, round(result.score, 5)) for result in same]
+    mixing.save(folder)
+    assert not (folder / "vocabulary.json").exists() and not Retriever.load(folder, device="cpu").reads
+
+
+def test_the_page_weighs_attributes_and_says_what_was_read(reading):
+    page = SearchPage(reading, size="smoke")
+    page.open("garments")
+    assert [(slider.description, slider.max) for slider in page.sliders] == [("yellow / grey / red …", MOST), ("plain / striped", MOST)]
+    page.text.value = "is red"
+    page.button.click()
+    assert page.by_hand() == (1, 1)
+    before = [cell.caption.value for cell in page.cells]
+    page.mode.value = "by hand"
+    page.sliders[0].value = 0
+    assert page.session.step.gate == (0, 1) and [cell.caption.value for cell in page.cells] != before
+    page.cells[0].why.click()
+    assert page.why_text.value.count("Read from ") == 3 and "The text speaks of yellow / grey / red …" in page.why_text.value
+    assert page.why_image.layout.display == "none" and page.why_figure.outputs
+
+
+def test_maps_that_are_alike_are_not_shown(gallery, mixing):
+    "An untrained model's sub-queries look at the same places: a sentence stands where two equal pictures would."
+    page = SearchPage(mixing, size="smoke")
+    page.open("garments")
+    page.text.value = "is red"
+    page.button.click()
+    page.cells[0].why.click()
+    why = mixing.explain(page.session.reference, "is red", page.cells[0].id)
+    assert not_worth_showing(why.maps) and not_worth_showing(why.maps) in page.why_text.value
+    assert page.why_image.layout.display == "none" and why.readings == []
+
+
+@pytest.mark.parametrize("method, options", [("covr", {}), ("bi_blip4cir", {}), ("dqe_cir", {"attribute_mode": "off"})])
+def test_methods_without_parts_have_none(method, options):
+    "Whatever their own functions are called, and with a gate that is switched off."
+    config = train_config({"dataset": "garments", "method": method, **options})
+    assert Retriever(build_method(config), config).parts == ()
 
 
 def test_a_method_without_parts_searches_too(gallery):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CALLED_PICTURES', 'BROKEN_HEADER', 'SHIPPED', 'recognised', 'picture_files', 'content_key', 'readable', 'newest_run',
-           'model_folder', 'Retriever', 'IndexReport', 'compared', 'read_or_reason', 'Pictures', 'content_keys',
-           'source_name', 'pictures_of', 'digest_of', 'stored_index']
+           'model_folder', 'Retriever', 'heading', 'IndexReport', 'compared', 'read_or_reason', 'Pictures',
+           'content_keys', 'source_name', 'pictures_of', 'digest_of', 'stored_index']
 
 # %% ../../nbs/retriever/04_index.ipynb #22d6ad59
 import hashlib, json, os, warnings
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..attributes import AttributeWeights
 from ..core import DataError, replacing, write_json
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS
@@ -144,10 +145,36 @@ def device(self: Retriever) -> torch.device:
     "Where the model computes."
     return self.method.encoder.device
 
+# %% ../../nbs/retriever/04_index.ipynb #374c9fb9
+@patch(as_prop=True)
+def reads(self: Retriever) -> bool:
+    "Do the vectors of the method carry readings of attributes behind them?"
+    return getattr(self.method, "readings", None) is not None
+
+@patch(as_prop=True)
+def has_sub_queries(self: Retriever) -> bool:
+    "Are the queries of the method mixed from sub-queries?"
+    compose = getattr(self.method, "compose", None)
+    return isinstance(compose, AttributeWeights) and compose.mode != "off"
+
+# %% ../../nbs/retriever/04_index.ipynb #1c351962
+def heading(attribute: str, count: int) -> str:
+    "An attribute of `count` values as it is shown; a mined one is named after its three commonest."
+    more = " …" if "/" in attribute and count > 3 else ""
+    return attribute.replace("/", " / ") + more
+
 @patch(as_prop=True)
 def parts(self: Retriever) -> tuple[str, ...]:
-    "What the gate divides a query into; empty for a method without one."
-    return ("plain query", *self.method.compose.attributes) if hasattr(self.method, "composed") else ()
+    "What a score is put together from, the plain query first; empty for a method without parts."
+    if self.reads:
+        values = self.method.vocabulary.attributes
+        return ("plain query", *(heading(name, len(values[name])) for name in values))
+    return ("plain query", *self.method.compose.attributes) if self.has_sub_queries else ()
+
+@patch(as_prop=True)
+def weighed(self: Retriever) -> tuple[str, ...]:
+    "The parts that a gate set by hand weighs: all; with readings the attributes, for the plain query stands."
+    return self.parts[1:] if self.reads else self.parts
 
 # %% ../../nbs/retriever/04_index.ipynb #84870623
 @dataclass

@@ -59,7 +59,8 @@ USAGE = '''from dqe_cir.retriever import Retriever
 retriever = Retriever.load("this folder")
 retriever.index("my pictures"); retriever.search("my pictures/coat.jpg", "is red and has long sleeves")'''
 FILES = ("`model.safetensors` holds everything that was trained, `config.json` the parameters, "
-         "`results.json` the record of the run, `lessons.*`, where it is there, what the model was taught.")
+         "`results.json` the record of the run; `vocabulary.json`, where it is there, the words of what it "
+         "reads, and `lessons.*` what it was taught.")
 
 def card_rows(retriever: Retriever) -> list[str]:
     "What a model is and where it comes from, as rows of a table in Markdown."
@@ -101,9 +102,10 @@ def save(self: Retriever, folder: Path | str) -> Path:
     with replacing(folder / "model.safetensors") as fresh: save_file(trained_state(self.method), fresh, about)
     write_json(folder / "config.json", asdict(replace(self.config, run_dir="", data_root="", device="auto")))
     if self.record: write_json(folder / "results.json", self.record)
+    of_another = ("vocabulary.json", "index.json", "index.safetensors", ROWS, VECTORS)
+    for name in of_another: (folder / name).unlink(missing_ok=True)
     words = getattr(self.method, "vocabulary", None)
     if words is not None: write_json(folder / "vocabulary.json", words.record())
-    for name in ("index.json", "index.safetensors", ROWS, VECTORS): (folder / name).unlink(missing_ok=True)
     if len(self): self.write_index(folder)
     if lessons: write_lessons(lessons, folder)
     (folder / "README.md").write_text(model_card(self), encoding="utf-8")

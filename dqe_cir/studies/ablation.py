@@ -8,13 +8,14 @@ __all__ = ['TERMS', 'NO_TERMS', 'TUNED', 'DQE', 'OURS', 'PLAIN', 'PAPER', 'SOURC
            'MEASURES', 'read_change', 'condition_of', 'warm_up_key', 'share_above', 'suppression', 'named_values',
            'excluding_pairs', 'confusion', 'in_batch_false_negatives', 'Job', 'unread', 'passed_on', 'study_jobs',
            'load_sets', 'peak_memory', 'epochs_done', 'costs', 'walk', 'warm_up', 'start_from', 'package_commit',
-           'same_run', 'take_over', 'run_job', 'parameters', 'extra_measures', 'run_study', 'in_processes', 'kind_of',
-           'search_table', 'best_rates', 'StudyConfig', 'at_home', 'check_record', 'check_study', 'as_texts',
-           'study_config', 'small_study', 'interval', 'values_of', 'shared_seeds', 'paired', 'mean_and_spread',
-           'summary_table', 'difference_table', 'outcome', 'finding', 'findings', 'query_values', 'over_queries',
-           'queries_table', 'kept_of', 'study_record', 'read_study', 'source_line', 'study_report', 'seed_spread',
-           'compare_run', 'against_table', 'against_report', 'check_against', 'telling_rows', 'side_by_side',
-           'draw_sheet', 'means_report', 'differences_report', 'sheet_of']
+           'same_run', 'take_over', 'run_job', 'parameters', 'extra_measures', 'check_finished', 'run_study',
+           'in_processes', 'kind_of', 'search_table', 'best_rates', 'StudyConfig', 'recorded_conditions', 'at_home',
+           'check_record', 'check_study', 'as_texts', 'study_config', 'small_study', 'interval', 'values_of',
+           'shared_seeds', 'paired', 'mean_and_spread', 'summary_table', 'difference_table', 'outcome', 'finding',
+           'findings', 'query_values', 'over_queries', 'queries_table', 'kept_of', 'study_record', 'read_study',
+           'source_line', 'study_report', 'seed_spread', 'compare_run', 'against_table', 'against_report',
+           'check_against', 'telling_rows', 'side_by_side', 'draw_sheet', 'means_report', 'differences_report',
+           'sheet_of']
 
 # %% ../../nbs/studies/01_ablation.ipynb #c96b4c61
 import dataclasses, functools, hashlib, json, math, multiprocessing, re, shutil, statistics, subprocess
@@ -404,9 +405,19 @@ def extra_measures(
             "suppressed": suppression(method, data.dataset, tokens),
             "confused": confusion(method, test_set, tokens)}
 
+# %% ../../nbs/studies/01_ablation.ipynb #5ab1c0f2
+def check_finished(job: Job) -> None:
+    "`ValueError` where the folder of a job holds a finished run with other parameters."
+    was, now = (job.record or {}).get("parameters", {}), parameters(job.config)
+    for name, value in now.items():
+        if name in was and was[name] != value:
+            raise ValueError(f"{job.folder} holds a run with {name}={was[name]}, and {name}={value} was asked "
+                             "for: give another study, or delete that folder")
+
 # %% ../../nbs/studies/01_ablation.ipynb #69ac772a
 def run_study(jobs: list[Job], workers: int = 0) -> list[dict]:
     "The records of all jobs, computed by `workers` processes (0: one per core, 1: in this process)."
+    for job in jobs: check_finished(job)
     workers = workers or multiprocessing.cpu_count()
     shared = list({job.shared: job for job in jobs if job.shared and not job.record}.values())
     records, run = {}, functools.partial(run_job, commit=package_commit())
@@ -494,9 +505,15 @@ def common(self: StudyConfig) -> dict:
 # %% ../../nbs/studies/01_ablation.ipynb #fdba3d6a
 @patch(as_prop=True)
 def named(self: StudyConfig) -> dict[str, dict]:
-    "The conditions of the study, by name."
-    names = CONDITIONS if self.conditions == "all" else self.conditions.split(",")
+    "The conditions of the study, by name; all, where a record is repeated: all that it has."
+    recorded = recorded_conditions(self.against)
+    names = [name for name in CONDITIONS if name in recorded] if self.conditions == "all" else self.conditions.split(",")
     return {name: condition_of(name) for name in names}
+
+def recorded_conditions(against: str) -> set[str]:
+    "Names of the conditions of a record; without one all that there are."
+    if not against: return set(CONDITIONS)
+    return set(json.loads(at_home(against).read_text())["conditions"])
 
 # %% ../../nbs/studies/01_ablation.ipynb #b2d2071b
 @patch(as_prop=True)
