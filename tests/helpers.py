@@ -10,6 +10,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# `dqe_cir` as it was before there were readings: the pairwise objective alone, on sub-queries with a gate
+PAIRWISE = {"readings": "none", "attribute_mode": "learned", "preference_weight": 1.0, "ranking_weight": 0.5, "attribute_weight": 0.25, "contrastive_weight": 0.0, "batches": "plain"}
+
 
 def unit(vectors):
     "Vectors (...,D) at length one, from a tensor or a stored array; half precision is widened first."

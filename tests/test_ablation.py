@@ -53,19 +53,19 @@ def test_in_batch_false_negatives_are_counted():
     assert in_batch_false_negatives(config, train, groups) == pytest.approx(100 * sum(wrong) / len(wrong))
 
 
-CHANGES = dict(negatives="random", zone="absolute", zone_low=0.1, zone_high=0.2, zone_guard=0.7, zone_on="target", batches="trns", refresh_every=9, negatives_per_query=3,
+CHANGES = dict(negatives="random", zone="meanstd", zone_low=0.1, zone_high=0.2, zone_guard=0.7, zone_on="target", batches="trns", refresh_every=9, negatives_per_query=3,
                pair_smoothing=0.1, preference_weight=2.0, ranking_weight=0.0, attribute_weight=0.0, contrastive_weight=1.0, mined_columns=True, attribute_negatives="own")
 
 
 @pytest.mark.parametrize("warm_up", AFTER_WARM_UP)
 def test_only_what_acts_after_the_warm_up_is_left_out_of_its_name(warm_up):
     "Under random negatives the pairwise terms act from the first step; how negatives are mined comes later in any case."
-    config = dataclasses.replace(train_config({"method": "dqe_cir"}), warm_up=warm_up)
+    config = dataclasses.replace(train_config(CONDITIONS["paper"]), warm_up=warm_up)
     later = AFTER_WARM_UP[warm_up]
     assert set(later) <= set(CHANGES) <= {field.name for field in dataclasses.fields(TrainConfig)}
     assert warm_up_key(dataclasses.replace(config, **{name: CHANGES[name] for name in later})) == warm_up_key(config)
     earlier = {name: value for name, value in CHANGES.items() if name not in later}
-    for name, value in (earlier | dict(seed=1, lr=1e-4, epochs=20, batch_size=8, attribute_mode="off", aligned=False, warmup_epochs=4, label_smoothing=0.0, annotators="uneven")).items():
+    for name, value in (earlier | dict(seed=1, lr=1e-4, epochs=20, batch_size=8, attribute_mode="off", aligned=True, warmup_epochs=4, label_smoothing=0.1, annotators="uneven")).items():
         assert warm_up_key(dataclasses.replace(config, **{name: value})) != warm_up_key(config), name
 
 

@@ -75,8 +75,8 @@ def test_every_system_with_printed_figures_says_what_its_authors_used():
     ("dqe_cir", dict(pair_smoothing=float("nan")), "pair_smoothing=nan"),
     *[("dqe_cir", {f"{term}_weight": -0.25}, f"{term}_weight=-0.25 must be at least 0")
       for term in ("preference", "ranking", "attribute", "contrastive")],
-    ("dqe_cir", dict(preference_weight=0.0, ranking_weight=0.0, attribute_weight=0.0), "contrastive_weight are all 0"),
-    ("dqe_cir", dict(mined_columns=True), "mined_columns=True widens the contrastive term: contrastive_weight=0"),
+    ("dqe_cir", dict(preference_weight=0.0, ranking_weight=0.0, attribute_weight=0.0, contrastive_weight=0.0), "contrastive_weight are all 0"),
+    ("dqe_cir", dict(mined_columns=True, preference_weight=1.0, contrastive_weight=0.0), "mined_columns=True widens the contrastive term: contrastive_weight=0"),
     ("dqe_cir", dict(mined_columns=True, contrastive_weight=1.0, negatives="in_batch"), "negatives=in_batch mines none"),
     ("dqe_cir", dict(attribute_negatives="own", negatives="in_batch"), "attribute_negatives=own chooses from mined pools"),
     ("dqe_cir", dict(attribute_negatives="own", dataset="fashioniq"), "labels of all images, which fashioniq has not"),

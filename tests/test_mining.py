@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from helpers import PAIRWISE
+
 from dqe_cir.trainer import mining
 from dqe_cir.core import generator
 from dqe_cir.data import CIRDataset, Triplet
@@ -217,7 +219,7 @@ def test_in_batch_negatives_are_the_next_other_answer(groups):
 
 def test_tokens_of_the_negatives():
     dataset, tokens, rows = two_galleries(), Tokens(), [0, 4, 9]
-    config = train_config(dict(method="dqe_cir", warmup_epochs=2, negatives="in_batch"))
+    config = train_config(dict(method="dqe_cir", warmup_epochs=2, negatives="in_batch", **PAIRWISE))
     data = TrainingSet(dataset, tokens)
     assert negative_tokens(data, rows, 1, config) is None
     assert_close(negative_tokens(data, rows, 2, config), tokens[other_targets(data, rows)].unsqueeze(1))

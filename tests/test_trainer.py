@@ -15,6 +15,8 @@ import torch
 from hypothesis import given, strategies as st
 from torch.testing import assert_close
 
+from helpers import PAIRWISE
+
 from dqe_cir.trainer import loop, runs
 from dqe_cir.core import generator
 from dqe_cir.data import SPECS, CIRDataset, Triplet, load_dataset
@@ -115,6 +117,7 @@ def test_a_parameter_that_the_method_does_not_read_is_refused_in_one_line(method
     for name, value in READ_SOMETIMES.items():
         values = {"method": method, name: value}
         if name == "mined_columns": values["contrastive_weight"] = 1.0
+        if name == "sub_query" and method == "dqe_cir": values["attribute_mode"] = "learned"
         if name == "batches" and method == "qure": continue  # it mines, but has no term in which the rows of a batch meet
         if name == "batches" and METHODS[method].uses_negatives: values["contrastive_weight"] = 1.0
         if name.startswith(("zone", "batches")) and METHODS[method].uses_negatives: values["negatives"] = "trns"
@@ -161,7 +164,7 @@ def test_refreshes_are_those_of_a_slow_calendar(epochs, warmup, every, left):
 
 
 def test_own_parts_learn_faster_and_nothing_else_changes():
-    method = build_method(train_config({"device": "cpu"}))
+    method = build_method(train_config({"device": "cpu", **PAIRWISE}))
     rate = lambda groups: {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     same, faster = (rate(parameter_groups(method, 1e-3, 0.05, head=head)) for head in (1.0, 20.0))
     assert same.keys() == faster.keys() == {id(p) for p in method.parameters() if p.requires_grad}
@@ -384,7 +387,9 @@ def run_in(folder, options, moment=None):
 def steady(events): return [{key: value for key, value in event.items() if key != "seconds"} for event in events]
 
 
-CASES = {"refreshed": dict(method="dqe_cir", select_on="val"), "accumulated": dict(method="dqe_cir", select_on="val", accumulate=2, checkpointing=True),
+NEAR = dict(zone_high=0.9, zone_guard=0.0)  # ten toys: a zone in which there is somebody
+CASES = {"refreshed": dict(method="dqe_cir", select_on="val", **PAIRWISE), "accumulated": dict(method="dqe_cir", select_on="val", accumulate=2, checkpointing=True, **PAIRWISE),
+         "read": dict(method="dqe_cir", select_on="val", readings="hand", **NEAR),
          "set_aside": dict(method="info_nce", select_on="train_holdout", accumulate=3), "two_stages": dict(method="clip4cir", select_on="val"),
          "last": dict(method="qure", select_on="last"), "half": dict(method="info_nce", precision="float16", select_on="last", epochs=2)}
 
@@ -404,7 +409,7 @@ def test_a_run_stopped_anywhere_ends_as_if_it_had_not_been(case, tmp_path):
         for name, value in read_weights(folder / "model.safetensors").items(): assert torch.equal(value, expected[name]), (moments[stop], name)
         assert steady(run.events) == events, moments[stop]
         assert measured(method)["mAP"] == next(event["metrics"]["mAP"] for event in events if event["kind"] == "epoch" and event["epoch"] == chosen)
-        kept = {"negatives.json"} if "after renew" in moments else set()
+        kept = ({"negatives.json"} if "after renew" in moments else set()) | ({"vocabulary.json"} if "readings" in options and options["readings"] == "hand" else set())
         assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "model.safetensors"} | kept, moments[stop]
         for name in kept: assert (folder / name).read_text() == (whole.folder / name).read_text(), moments[stop]
 

@@ -114,7 +114,8 @@ def only_read(attention: nn.Module, args: tuple, options: dict) -> tuple[tuple, 
     if read is None: return None
     states, mask = options["hidden_states"], options["attention_mask"]
     mask = None if mask is None else mask[:, :, read]
-    return args, dict(hidden_states=states[:, read], encoder_hidden_states=states, encoder_attention_mask=mask)
+    asking = dict(hidden_states=states[:, read])
+    return args, asking | dict(encoder_hidden_states=states, encoder_attention_mask=mask)
 
 # %% ../../nbs/encoder/02_blip2.ipynb #6aca9c48
 @patch

@@ -51,6 +51,7 @@ def encode_target(self: CoSMo, tokens: Tensor) -> Tensor:
     if self.aligned: return aligned_target(embeddings)
     return F.normalize(embeddings.mean(1, keepdim=True), dim=-1)
 
+# %% ../../nbs/methods/20_cosmo.ipynb #fd5d78e6
 @patch
 def encode_query(self: CoSMo, reference: Tensor, texts: list[str]) -> Tensor:
     "(B,P,W) and B texts to unit queries (B,D), or (B,T*D) when aligned."

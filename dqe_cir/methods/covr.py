@@ -53,6 +53,7 @@ def encode_target(self: CoVR, tokens: Tensor) -> Tensor:
     "(N,P,W) to unit embeddings (N,T,D), or one long vector (N,1,T*D) when aligned."
     return aligned_target(self.images(tokens)) if self.aligned else self.images(tokens)
 
+# %% ../../nbs/methods/50_covr.ipynb #40f5883a
 @patch
 def composed(self: CoVR, reference: Tensor, texts: list[str]) -> Tensor:
     "Queries (B,D) as the loss sees them: means of unit vectors, shorter than 1; unit (B,T*D) when aligned."

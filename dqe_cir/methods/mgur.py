@@ -68,6 +68,7 @@ def encode_target(self: MGUR, tokens: Tensor) -> Tensor:
     if self.aligned: return aligned_target(embeddings)
     return F.normalize(embeddings.mean(1, keepdim=True), dim=-1)
 
+# %% ../../nbs/methods/30_mgur.ipynb #03aa90f1
 @patch
 def encode_query(self: MGUR, reference: Tensor, texts: list[str]) -> Tensor:
     "(B,P,W) and B texts to unit queries (B,D), or (B,T*D) when aligned."

@@ -64,7 +64,8 @@ def run_vocabulary(kind: str, dataset: CIRDataset, reference: Tensor, target: Te
     vocabulary = mined_vocabulary(captions, reference, target, categories)
     if kind == "paper": vocabulary = named_by(vocabulary, LEXICON)
     if not vocabulary.sizes:
-        warnings.warn(f"readings={kind}: {len(captions)} triplets of {dataset.name} give no attribute that the "
+        found = f"{len(captions)} triplets of {dataset.name} give no attribute"
+        warnings.warn(f"readings={kind}: {found} that the "
                       "encoder's embeddings tell apart; this run trains without readings")
     return vocabulary
 

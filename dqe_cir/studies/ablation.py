@@ -8,13 +8,14 @@ __all__ = ['TERMS', 'NO_TERMS', 'TUNED', 'DQE', 'OURS', 'PLAIN', 'PAPER', 'SOURC
            'MEASURES', 'read_change', 'condition_of', 'warm_up_key', 'share_above', 'suppression', 'named_values',
            'excluding_pairs', 'confusion', 'in_batch_false_negatives', 'Job', 'unread', 'passed_on', 'study_jobs',
            'load_sets', 'peak_memory', 'epochs_done', 'costs', 'walk', 'warm_up', 'start_from', 'package_commit',
-           'same_run', 'take_over', 'run_job', 'parameters', 'extra_measures', 'run_study', 'in_processes', 'kind_of',
-           'search_table', 'best_rates', 'StudyConfig', 'at_home', 'check_record', 'check_study', 'as_texts',
-           'study_config', 'small_study', 'interval', 'values_of', 'shared_seeds', 'paired', 'mean_and_spread',
-           'summary_table', 'difference_table', 'outcome', 'finding', 'findings', 'query_values', 'over_queries',
-           'queries_table', 'kept_of', 'study_record', 'read_study', 'source_line', 'study_report', 'seed_spread',
-           'compare_run', 'against_table', 'against_report', 'check_against', 'telling_rows', 'side_by_side',
-           'draw_sheet', 'means_report', 'differences_report', 'sheet_of']
+           'same_run', 'take_over', 'run_job', 'parameters', 'extra_measures', 'check_finished', 'run_study',
+           'in_processes', 'kind_of', 'search_table', 'best_rates', 'StudyConfig', 'recorded_conditions', 'at_home',
+           'check_record', 'check_study', 'as_texts', 'study_config', 'small_study', 'interval', 'values_of',
+           'shared_seeds', 'paired', 'mean_and_spread', 'summary_table', 'difference_table', 'outcome', 'finding',
+           'findings', 'query_values', 'over_queries', 'queries_table', 'kept_of', 'study_record', 'read_study',
+           'source_line', 'study_report', 'seed_spread', 'compare_run', 'against_table', 'against_report',
+           'check_against', 'telling_rows', 'side_by_side', 'draw_sheet', 'means_report', 'differences_report',
+           'sheet_of']
 
 # %% ../../nbs/studies/01_ablation.ipynb #c96b4c61
 import dataclasses, functools, hashlib, json, math, multiprocessing, re, shutil, statistics, subprocess
@@ -114,12 +115,14 @@ REASONS = {
 def read_change(text: str) -> tuple[str, object]:
     "`name=value` as a pair, the value a number, true, false or a word."
     name, _, value = text.partition("=")
-    if not (name and value): raise ValueError(f"{text!r} changes nothing: write name=value, such as epochs=20")
+    if not (name and value):
+        raise ValueError(f"{text!r} changes nothing: write name=value, such as epochs=20")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
 
+# %% ../../nbs/studies/01_ablation.ipynb #b813b348
 def condition_of(name: str) -> dict:
     "The parameters of a condition, or of one that is changed, such as `dqe_cir+reading_weight=0.1`."
     base, *changes = name.split("+")
@@ -343,6 +346,7 @@ def package_commit() -> str | None:
 # %% ../../nbs/studies/01_ablation.ipynb #5ab1c0d9
 QUERIES = "queries.safetensors"  # per query: rank, average precision and the rest
 
+# %% ../../nbs/studies/01_ablation.ipynb #b57f879c
 def same_run(job: Job, commit: str | None) -> Path | None:
     """The folder of a finished run of the study with the same parameters, seed and commit under another
     name; None without one."""
@@ -352,6 +356,7 @@ def same_run(job: Job, commit: str | None) -> Path | None:
         if same and found["condition"] != job.condition: return path.parent
     return None
 
+# %% ../../nbs/studies/01_ablation.ipynb #c93da2d3
 def take_over(job: Job, folder: Path) -> dict:
     "Copy a finished run into the folder of a job and give it the job's name; returns its record."
     shutil.copytree(folder, job.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("results.json"))
@@ -400,9 +405,19 @@ def extra_measures(
             "suppressed": suppression(method, data.dataset, tokens),
             "confused": confusion(method, test_set, tokens)}
 
+# %% ../../nbs/studies/01_ablation.ipynb #5ab1c0f2
+def check_finished(job: Job) -> None:
+    "`ValueError` where the folder of a job holds a finished run with other parameters."
+    was, now = (job.record or {}).get("parameters", {}), parameters(job.config)
+    for name, value in now.items():
+        if name in was and was[name] != value:
+            raise ValueError(f"{job.folder} holds a run with {name}={was[name]}, and {name}={value} was asked "
+                             "for: give another study, or delete that folder")
+
 # %% ../../nbs/studies/01_ablation.ipynb #69ac772a
 def run_study(jobs: list[Job], workers: int = 0) -> list[dict]:
     "The records of all jobs, computed by `workers` processes (0: one per core, 1: in this process)."
+    for job in jobs: check_finished(job)
     workers = workers or multiprocessing.cpu_count()
     shared = list({job.shared: job for job in jobs if job.shared and not job.record}.values())
     records, run = {}, functools.partial(run_job, commit=package_commit())
@@ -443,6 +458,7 @@ def search_table(record: dict) -> dict[str, dict[float, float]]:
         table.setdefault(row, {})[rate] = run["metrics"]["mAP"]
     return table
 
+# %% ../../nbs/studies/01_ablation.ipynb #4c9f717a
 def best_rates(record: dict) -> dict[str, float]:
     "The learning rate of each row with the highest mAP on dev; of equals the smallest."
     return {row: max(sorted(tried), key=tried.get) for row, tried in search_table(record).items()}
@@ -489,10 +505,17 @@ def common(self: StudyConfig) -> dict:
 # %% ../../nbs/studies/01_ablation.ipynb #fdba3d6a
 @patch(as_prop=True)
 def named(self: StudyConfig) -> dict[str, dict]:
-    "The conditions of the study, by name."
-    names = CONDITIONS if self.conditions == "all" else self.conditions.split(",")
+    "The conditions of the study, by name; all, where a record is repeated: all that it has."
+    recorded = recorded_conditions(self.against)
+    names = [name for name in CONDITIONS if name in recorded] if self.conditions == "all" else self.conditions.split(",")
     return {name: condition_of(name) for name in names}
 
+def recorded_conditions(against: str) -> set[str]:
+    "Names of the conditions of a record; without one all that there are."
+    if not against: return set(CONDITIONS)
+    return set(json.loads(at_home(against).read_text())["conditions"])
+
+# %% ../../nbs/studies/01_ablation.ipynb #b2d2071b
 @patch(as_prop=True)
 def rated(self: StudyConfig) -> dict[str, dict]:
     "The conditions with the rate of their kind; as they are where the preset's rate is asked for."
@@ -540,6 +563,7 @@ def seed_list(self: StudyConfig) -> list[int]:
 # %% ../../nbs/studies/01_ablation.ipynb #fb7c644b
 COMMITTED = "data/results"  # the folder of the records that pages are made from
 
+# %% ../../nbs/studies/01_ablation.ipynb #44892142
 def check_record(record: str, commit: str | None) -> None:
     "`ValueError` for a record that would be committed, of code that is not."
     if not record or at_home(record).parent != at_home(COMMITTED): return
@@ -547,6 +571,7 @@ def check_record(record: str, commit: str | None) -> None:
         raise ValueError(f"record={record!r} is for committed code, and dqe_cir/ was edited: commit it "
                          "first, or keep the record in the study's folder (leave record out)")
 
+# %% ../../nbs/studies/01_ablation.ipynb #cd6a9c08
 def check_study(config: StudyConfig) -> None:
     "`ValueError` for misspelt seeds, and for records that are not there or that must not be written."
     config.seed_list  # raises where seeds are misspelt
@@ -666,13 +691,16 @@ def findings(records: list[dict], pairs: list[tuple[str, str]], measure: str = "
     return Markdown("\n".join(f"* {finding(records, *pair, measure)}" for pair in pairs))
 
 # %% ../../nbs/studies/01_ablation.ipynb #5ab1c0e3
-def query_values(folder: Path, condition: str, seeds: list[int], measure: str = "average_precision") -> Tensor:
+def query_values(
+    folder: Path, condition: str, seeds: list[int], measure: str = "average_precision"
+) -> Tensor:
     "(S,Q) float32 in percent: a measure of each seed of a condition on each query; S is 0 without runs."
     paths = [Path(folder) / f"{condition}-seed{seed}" / QUERIES for seed in seeds]
     found = [load_file(path).get(measure) for path in paths if path.exists()]
     known = [100 * values.float() for values in found if values is not None]
     return torch.stack(known) if len(known) == len(seeds) else torch.empty(0, 0)
 
+# %% ../../nbs/studies/01_ablation.ipynb #df94f5bd
 def over_queries(one: Tensor, other: Tensor) -> tuple[float, float, int]:
     """Mean difference of two conditions (S,Q) over seeds and queries, half-width of its 95 % interval over
     queries, and their number."""
@@ -743,7 +771,7 @@ def study_report(
     if study is None: return Markdown(f"**{name}: not run.** There is no `data/results/{name}.json`.")
     runs, cells = study["runs"], summary_table(study["runs"], measures)
     differs = difference_table(runs, baseline, ["mAP"])
-    rows = {condition: values | {"mAP difference": differs.get(condition, {}).get("mAP")}
+    rows = {condition: values | {"mAP difference": differs.get(condition, {}).get("mAP", "").strip("*")}
             for condition, values in cells.items()}
     columns = ["seeds", *measures, "mAP difference"]
     means = {condition: [*values_of(runs, condition, measures[0]).values()] for condition in cells}
@@ -783,7 +811,8 @@ def against_table(ours: dict, study: dict) -> tuple[dict[str, dict[str, str]], s
     rows = {f"{run['condition']}, seed {run['seed']}": compare_run(run, study, ours, 2 * spread)
             for run in ours["runs"]}
     moved = [float(row["difference"]) for row in rows.values() if row["difference"] != "–"]
-    words = f"{2 * spread:.2f} points of mAP are tolerated in a row: seeds of the record spread by {spread:.2f}."
+    words = (f"{2 * spread:.2f} points of mAP are tolerated in a row: "
+             f"seeds of the record spread by {spread:.2f}.")
     if not moved: return rows, words
     mean, limit = statistics.mean(moved), 2 * spread / math.sqrt(len(moved))
     rows["mean"] = {"difference": f"{mean:+.2f}", "verdict": "OK" if abs(mean) <= limit else "**differs**"}
@@ -796,6 +825,7 @@ def against_report(config: StudyConfig, ours: dict) -> Markdown:
     rows, words = against_table(ours, json.loads(at_home(config.against).read_text()))
     return text_table(rows, ["record", "here", "difference", "verdict"], words)
 
+# %% ../../nbs/studies/01_ablation.ipynb #a5d9b711
 def check_against(config: StudyConfig, ours: dict) -> None:
     "`ValueError` that names the rows in which a repeated study differs from the record."
     if not config.against: return

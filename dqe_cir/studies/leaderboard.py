@@ -32,14 +32,17 @@ BOARDS = {"own": "paper", "common": "common"}  # board to recipe
 FORMS = {"dqe_cir": PAPER, "readings": OURS}  # DQE-CIR as the paper describes it, and with readings
 ONE_BOARD = {"readings": "common"}  # a form whose own recipe is the common one
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #8c96ad10
 def entries() -> dict[str, dict]:
     "What takes part: every method of `METHODS`, and the forms of DQE-CIR; name to parameters."
     return {name: dict(method=name) for name in METHODS} | FORMS
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #b37c3272
 def row_name(entry: str, board: str) -> str:
     "`qure-own` of qure and own."
     return f"{entry}-{board}"
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #d189a603
 def split_row(row: str) -> tuple[str, str]:
     "Method or form and board of a row's name; the common board for a name without one."
     entry, _, board = row.rpartition("-")
@@ -108,6 +111,7 @@ def check_words(config: LeaderboardConfig) -> None:
     if config.stage not in ("search", "compare", "both"):
         raise ValueError(f"unknown stage {config.stage!r}; choose one of search, compare, both")
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #f73cc607
 def leaderboard_config(values: dict) -> LeaderboardConfig:
     "The `LeaderboardConfig` of a dict of parameters; what is unknown or impossible raises `ValueError`."
     config = checked(LeaderboardConfig, as_texts(values))
@@ -130,16 +134,21 @@ def config_of(config: LeaderboardConfig, changes: dict, **more) -> TrainConfig:
     common = passed_on({**config.common, **more}, changes["method"])
     return train_config({**common, **changes})
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #cc51c621
 def rate_jobs(config: LeaderboardConfig, tried: list[tuple[str, float]]) -> list[Job]:
     "One run per row and learning rate, evaluated on dev."
     rows, base = rows_of(config), {**config.common, "evaluate_on": "dev"}
     named = {f"{row}-at-{rate:g}": rows[row] | {"lr": rate} for row, rate in tried}
     return study_jobs(config.folder, named, config.seed_list[:1], base)
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #f19ce232
 def search_jobs(config: LeaderboardConfig) -> list[Job]:
     "The runs with which a search starts: every row with every factor."
-    starts = {row: config_of(config, changes, evaluate_on="dev").lr for row, changes in rows_of(config).items()}
-    return rate_jobs(config, [(row, factor * lr) for row, lr in starts.items() for factor in config.factor_list])
+    tried = []
+    for row, changes in rows_of(config).items():
+        start = config_of(config, changes, evaluate_on="dev").lr
+        tried += [(row, factor * start) for factor in config.factor_list]
+    return rate_jobs(config, tried)
 
 # %% ../../nbs/studies/02_leaderboard.ipynb #64211b54
 def at_the_edge(record: dict) -> dict[str, str]:
@@ -154,6 +163,7 @@ def at_the_edge(record: dict) -> dict[str, str]:
 # %% ../../nbs/studies/02_leaderboard.ipynb #6b2c0e07
 FURTHER = 5  # steps outward, at most
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #36500ab7
 def further_rates(record: dict, started: int) -> list[tuple[str, float]]:
     "(row, rate) of what a search tries next, after it `started` with so many rates a row."
     table, more = search_table(record), []
@@ -164,6 +174,7 @@ def further_rates(record: dict, started: int) -> list[tuple[str, float]]:
         else: more.append((row, tried[0] * tried[0] / tried[1]))
     return more
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #c3003ceb
 def run_search(config: LeaderboardConfig) -> list[dict]:
     "Search until every row's best rate lies inside the rates that were tried; returns all records."
     records = run_study(search_jobs(config), config.workers)
@@ -193,6 +204,7 @@ def compare_jobs(config: LeaderboardConfig) -> list[Job]:
     rated = {row: changes | {"lr": rates[row]} for row, changes in rows_of(config).items()}
     return study_jobs(config.folder, rated, config.seed_list, config.common)
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #19968b65
 def board_pairs(config: LeaderboardConfig) -> list[tuple[str, str]]:
     "What is compared query by query: each row with its board's baseline and with `readings`, and the boards."
     rows, pairs = list(rows_of(config)), []
@@ -207,16 +219,19 @@ def headline(record: dict) -> str:
     "The measure that orders the table: mAP where right answers are known, else the mean of the recalls."
     return "mAP" if "mAP" in record["runs"][0]["metrics"] else "mean"
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #9a3dd28b
 def mean_of_row(record: dict, row: str) -> float:
     "The mean of a row's seeds by the headline; minus infinity where it has none."
     values = values_of(record["runs"], row, headline(record)).values()
     return statistics.mean(values) if values else -float("inf")
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #2662d466
 def on_board(record: dict, board: str) -> dict[str, str]:
     "Method or form to the row that it has on a board, best first."
     rows = {split_row(row)[0]: row for row in record["conditions"] if split_row(row)[1] == board}
     return dict(sorted(rows.items(), key=lambda pair: -mean_of_row(record, pair[1])))
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #e24df65a
 def ordered(record: dict) -> list[str]:
     "Methods and forms by their mean on the common board, best first; then those that are on no such board."
     common, own = (on_board(record, board) for board in ("common", "own"))
@@ -236,12 +251,14 @@ COSTS = {  # column to the name in a record and how it is written
     "MiB": ("peak memory", "{:,.0f}"),
 }
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #2f6a50ab
 def difference(record: dict, row: str, other: str) -> tuple[float, float] | None:
     "Mean paired difference of two rows by the headline, and half-width; None without two shared seeds."
     runs, measure = record["runs"], headline(record)
     if row == other or len(shared_seeds(runs, row, other, measure)) < 2: return None
     return paired(runs, row, other, measure)[:2]
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #4542f062
 def in_words(found: tuple[float, float] | None) -> str | None:
     "`+1.2 ± 0.3`; None for None."
     return None if found is None else f"{found[0]:+.1f} ± {found[1]:.1f}"
@@ -259,6 +276,7 @@ def board_cells(record: dict, board: str, baseline: str) -> dict[str, dict[str, 
                         f"{board} difference": in_words(apart)}
     return cells
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #291d1c38
 def leaderboard_row(record: dict, entry: str) -> dict[str, str | None]:
     "What a method's recipe is worth, its rates and its costs; None for what is not known."
     own, common = (on_board(record, board).get(entry) for board in BOARDS)
@@ -283,6 +301,7 @@ def leaderboard_table(
     shown = [f"{board} {what}" for board in BOARDS for what in ("recipe", "difference")]
     return rows, [*shown, "recipe is worth", "rates", *COSTS]
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #3e6dea96
 def measures_table(
     record: dict, measures=("R@1", "R@10", "R@50", "top-1 valid", "held-out mAP")
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -319,6 +338,7 @@ VERDICTS = {  # outcome with the own recipe and with the common one, to whose th
     ("ties with", "ties with"): "**a tie** on both boards",
 }
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #8d511b11
 def whose(record: dict, entry: str, baseline: str = "info_nce") -> str:
     "A sentence: is a method's difference to the baseline its own or its recipe's?"
     found = {}
@@ -328,9 +348,10 @@ def whose(record: dict, entry: str, baseline: str = "info_nce") -> str:
     known = {board: apart for board, apart in found.items() if apart}
     said = ", ".join(f"{board} {mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
                      for board, (mean, half) in known.items())
-    if len(known) == 2: return f"`{entry}`: {VERDICTS[tuple(outcome(*apart) for apart in known.values())]} ({said})."
-    if not known: return f"`{entry}`: no interval, no finding."
-    return f"`{entry}` **{outcome(*next(iter(known.values())))}** `{baseline}`, on one board ({said})."
+    verbs = tuple(outcome(*apart) for apart in known.values())
+    if not verbs: return f"`{entry}`: no interval, no finding."
+    if len(verbs) == 2: return f"`{entry}`: {VERDICTS[verbs]} ({said})."
+    return f"`{entry}` **{verbs[0]}** `{baseline}`, on one board ({said})."
 
 # %% ../../nbs/studies/02_leaderboard.ipynb #92707efe
 def first_place(record: dict, board: str) -> str:
@@ -345,7 +366,8 @@ def first_place(record: dict, board: str) -> str:
         tied = f"it **ties with** {', '.join(ties)}"
         ending = f"; {tied}, and between those the order of the table means nothing."
     told = ", ".join(below) or "none of the others"
-    return f"With the {board} recipe the highest mean is that of `{first}`. It is told apart from {told}{ending}"
+    return (f"With the {board} recipe the highest mean is that of `{first}`. "
+            f"It is told apart from {told}{ending}")
 
 # %% ../../nbs/studies/02_leaderboard.ipynb #6b2c0e0b
 def worth_of(record: dict) -> str:
@@ -404,6 +426,7 @@ def leaderboard_report(record: dict | None, baseline: str = "info_nce") -> Markd
              "board, paired by seed, 95 % interval; bold: the highest mean")
     return text_table(rows, columns, title)
 
+# %% ../../nbs/studies/02_leaderboard.ipynb #31146649
 def measures_report(record: dict | None) -> Markdown:
     "The other measures of every row."
     if record is None: return NOT_RUN

@@ -38,7 +38,7 @@ def published(system: str) -> Markdown:
 
 # %% ../../nbs/studies/05_systems.ipynb #0e5cfaa4
 def measured(method: str, baseline: str = "info_nce") -> Markdown:
-    "The rows of a method in the leaderboard's record beside the baseline's, and the comparison in a sentence."
+    "The rows of a method in the leaderboard's record beside the baseline's, and whose the difference is."
     study = read_study("leaderboard")
     if not study: return Markdown("**Not run**: [the leaderboard](../leaderboard.ipynb) writes the record.")
     columns = ["mAP", "R@10", "top-1 valid"]
@@ -50,6 +50,7 @@ def measured(method: str, baseline: str = "info_nce") -> Markdown:
         for board in BOARDS:
             row = on_board(study, board).get(name)
             if row is None: continue
-            lines.append(f"| `{name}` | {board} | {' | '.join(table[row][key] for key in ('seeds', *columns))} |")
+            cells = " | ".join(table[row][key] for key in ("seeds", *columns))
+            lines.append(f"| `{name}` | {board} | {cells} |")
     told = [f"{whose(study, name, baseline)}\n\n" for name in names if name != baseline]
     return Markdown("".join(told) + "\n".join([head, "|---|---|--:|" + "--:|" * len(columns), *lines]))

@@ -8,8 +8,7 @@ __all__ = ['HELD_OUT', 'linked', 'answer_groups', 'groups_aside', 'hold_out', 'e
            'training_set']
 
 # %% ../../nbs/trainer/03_batches.ipynb #42244eec
-import dataclasses, math
-from itertools import permutations
+import dataclasses, itertools, math
 
 import torch
 from fastcore.basics import patch
@@ -144,16 +143,20 @@ class TrainingSet:
         nobody knows."""
         return None if self.negatives is None else self.negatives.false_negatives(epoch)
 
-    def partners(self, config: TrainConfig) -> list[torch.Tensor] | None:
-        "Per row the rows that batches are clustered by; None: batches are plain, or nothing was mined yet."
-        mined = config.batches == "trns" and self.negatives is not None and self.negatives.pools is not None
-        return self.negatives.partners() if mined else None
+# %% ../../nbs/trainer/03_batches.ipynb #1667d5a0
+@patch
+def partners(self: TrainingSet, config: TrainConfig) -> list[torch.Tensor] | None:
+    "Per row the rows that batches are clustered by; None: batches are plain, or nothing was mined yet."
+    mined = config.batches == "trns" and self.negatives is not None and self.negatives.pools is not None
+    return self.negatives.partners() if mined else None
 
-    def refresh_due(self, epoch: int, config: TrainConfig) -> bool:
-        """Are negatives mined before this epoch (0-based)? The first time always, later if enough epochs
-        are left."""
-        if self.negatives is None or not self.negatives.due(epoch): return False
-        return epoch == config.warmup_epochs or config.epochs - epoch >= config.refresh_left
+# %% ../../nbs/trainer/03_batches.ipynb #ca53f332
+@patch
+def refresh_due(self: TrainingSet, epoch: int, config: TrainConfig) -> bool:
+    """Are negatives mined before this epoch (0-based)? The first time always, later if enough epochs
+    are left."""
+    if self.negatives is None or not self.negatives.due(epoch): return False
+    return epoch == config.warmup_epochs or config.epochs - epoch >= config.refresh_left
 
 # %% ../../nbs/trainer/03_batches.ipynb #070744cf
 def shown_captions(triplet: Triplet, captions: str, generator: torch.Generator) -> tuple[str, ...]:
@@ -161,7 +164,7 @@ def shown_captions(triplet: Triplet, captions: str, generator: torch.Generator) 
     spoken = tuple(text for text in triplet.captions if stripped(text))
     if len(spoken) < 2: return triplet.captions
     if captions == "both": return tuple(spoken[i] for i in torch.randperm(len(spoken), generator=generator))
-    orders = [*permutations(spoken, 2), *((stripped(text),) for text in spoken)]
+    orders = [*itertools.permutations(spoken, 2), *((stripped(text),) for text in spoken)]
     return orders[torch.randint(len(orders), (1,), generator=generator).item()]
 
 # %% ../../nbs/trainer/03_batches.ipynb #f7a7805c

@@ -102,9 +102,10 @@ COMMON = dict(aligned=True, label_smoothing=0.2, temperature=None, warm_up="cont
 PLAIN = dict(aligned=False, label_smoothing=0.0, temperature=None, warm_up="random", captions="own",
              zone="quantile")  # of `paper`, where a method's own says nothing else
 OWN = dict(readings="none", attribute_mode="learned", preference_weight=1.0, ranking_weight=0.5,
-           attribute_weight=0.25, contrastive_weight=0.0, batches="plain")  # of some methods; `paper` and `common` may differ
+           attribute_weight=0.25, contrastive_weight=0.0, batches="plain")  # where a method says nothing else
 EVERYBODY = ("captions",)  # read by the trainer, whatever the method
 
+# %% ../../nbs/trainer/02_config.ipynb #8b8ab335
 def recipe_of(config: TrainConfig) -> dict:
     "Name and switches of the run's recipe; a switch that its method does not read stands for nothing done."
     method, small = form_of(config), encoder_size(config.encoder) == "small"
@@ -152,10 +153,10 @@ def choices(config: TrainConfig) -> dict[str, tuple[str, ...]]:
             "size": ("full", "smoke"), "precision": tuple(DTYPES), "evaluate_on": spec.held_out,
             "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "zone_on": ("query", "target"),
             "batches": ("plain", "trns"), "attribute_mode": MODES, "sub_query": SUB_QUERIES,
-            "attribute_negatives": ("shared", "own"),
-            "readings": VOCABULARIES, "recipe": ("common", "paper"), "warm_up": ("none", "random", "contrastive"),
-            "captions": ("both", "some", "own"),
-            "soft_labels": ("even", "target"), "annotators": ("even", "uneven") if spec.drawn else ("even",),
+            "attribute_negatives": ("shared", "own"), "readings": VOCABULARIES,
+            "recipe": ("common", "paper"), "warm_up": ("none", "random", "contrastive"),
+            "captions": ("both", "some", "own"), "soft_labels": ("even", "target"),
+            "annotators": ("even", "uneven") if spec.drawn else ("even",),
             "select_on": ("last", "val", "train_holdout")}
 
 # %% ../../nbs/trainer/02_config.ipynb #5a8db61a
@@ -172,6 +173,7 @@ def given(config: TrainConfig) -> dict:
     values = dataclasses.asdict(config)
     return {name: value for name, value in values.items() if value not in (None, defaults[name])}
 
+# %% ../../nbs/trainer/02_config.ipynb #08104d33
 def check_read(config: TrainConfig, negatives: str) -> None:
     "Raise `ValueError` for a parameter that was given and that nothing in this run would look at."
     ignored = sometimes_read() - options_of(form_of(config))
@@ -189,6 +191,7 @@ LOWEST = dict(epochs=1, batch_size=2, accumulate=1, lr=0, head_rate=0, label_smo
               evaluate_every=0, warmup_epochs=0, refresh_every=0, refresh_left=0, negatives_per_query=1)
 HIGHEST = dict(epochs=1_000_000, batch_size=1_000_000, accumulate=1_000_000)
 
+# %% ../../nbs/trainer/02_config.ipynb #ef3460a7
 def check_ranges(config: TrainConfig) -> None:
     "Raise `ValueError` for a number that is not one, is too low, or would never end."
     values = dataclasses.asdict(config)
@@ -212,8 +215,8 @@ def check_ranges(config: TrainConfig) -> None:
 def check_warm_up(config: TrainConfig) -> None:
     "Raise `ValueError` for a resolved warm-up without epochs, or for epochs of none."
     if (config.warm_up == "none") == (config.warmup_epochs == 0): return
-    raise ValueError(f"warm_up={config.warm_up} and warmup_epochs={config.warmup_epochs} contradict each other: "
-                     "name one of them, or 0 epochs for none")
+    raise ValueError(f"warm_up={config.warm_up} and warmup_epochs={config.warmup_epochs} contradict "
+                     "each other: name one of them, or 0 epochs for none")
 
 # %% ../../nbs/trainer/02_config.ipynb #ff329976
 def train_config(values: dict) -> TrainConfig:
@@ -241,6 +244,6 @@ def as_meant(values: dict) -> dict:
     idle = {} if method in ("info_nce", "dqe_cir") else dict(aligned=False, label_smoothing=0.0)
     warm_up = {"dqe_cir": "contrastive", "qure": "random"}.get(method)
     if warm_up and values.get("warmup_epochs") == 0: warm_up = "none"
-    start = 0.07 if method == "dqe_cir" else None
-    absent = dict(recipe=None, temperature=start, warm_up=warm_up, captions="own", readings="none")
+    absent = dict(recipe=None, temperature=0.07 if method == "dqe_cir" else None, warm_up=warm_up,
+                  captions="own", readings="none", batches="plain")
     return values | idle | absent

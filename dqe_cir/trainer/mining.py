@@ -85,7 +85,8 @@ def check_batches(options) -> None:
     "Raise `ValueError` for clustered batches that no term of the loss looks at."
     if options.batches != "trns": return
     if options.negatives != "trns":
-        raise ValueError(f"batches=trns clusters by the zone: negatives={options.negatives} has none; use batches=plain")
+        raise ValueError(f"batches=trns clusters by the zone: negatives={options.negatives} has none; "
+                         "use batches=plain")
     if not getattr(options, "contrastive_weight", 0):
         raise ValueError("batches=trns chooses the rows that meet in the contrastive term: "
                          "contrastive_weight=0 leaves it out")
