@@ -174,6 +174,7 @@ def gate_box(self: SearchPage) -> w.Widget:
     mode = w.HBox([w.HTML(name, layout=px(80)), self.mode])
     return w.VBox([mode, w.Box(self.sliders, layout=w.Layout(flex_flow="row wrap"))])
 
+# %% ../../nbs/retriever/09_page.ipynb #bbc35bc5
 @patch
 def arranged(self: SearchPage) -> w.VBox:
     "The page: gallery, status, the question, the grid, the history, the reasons."
@@ -374,6 +375,7 @@ def slid(self: SearchPage) -> None:
     "A slider moved: rank again, if it was moved by hand and not by the page."
     if self.mode.value == "by hand": self.regate(self.by_hand())
 
+# %% ../../nbs/retriever/09_page.ipynb #004cc1e2
 @patch
 def regate(self: SearchPage, gate) -> None:
     "Rank again with another gate."
@@ -460,6 +462,7 @@ def reading_table(why: Explanation) -> str:
             for read, brought in zip(why.readings, why.contributions[1:])]
     return f'<table class="dqe-read">{head}{"".join(rows)}</table>'
 
+# %% ../../nbs/retriever/09_page.ipynb #b61dc3cf
 def readings_in_words(why: Explanation) -> str:
     "Reference, query and picture as they are read, and what the attributes bring, as HTML."
     sides = {"reference": "the reference", "query": "the query", "picture": "this picture"}
