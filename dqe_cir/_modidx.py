@@ -1773,6 +1773,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                          'dqe_cir/studies/inspection.py'),
                                             'dqe_cir.studies.inspection.verdict_counts': ( 'studies/inspection.html#verdict_counts',
                                                                                            'dqe_cir/studies/inspection.py'),
+                                            'dqe_cir.studies.inspection.vocabulary_table': ( 'studies/inspection.html#vocabulary_table',
+                                                                                             'dqe_cir/studies/inspection.py'),
                                             'dqe_cir.studies.inspection.worst_rows': ( 'studies/inspection.html#worst_rows',
                                                                                        'dqe_cir/studies/inspection.py'),
                                             'dqe_cir.studies.inspection.worst_sheet': ( 'studies/inspection.html#worst_sheet',

@@ -224,6 +224,7 @@ def test_a_result_tells_why(lab):
     name, places = lab.ids[0], lab.places()
     lab.page.get_by_role("button", name="Why?").first.click()
     lab.page.get_by_text(f"Why {name}?").wait_for()
+    lab.page.get_by_text("The text speaks of").wait_for()
     lab.page.locator(".js-plotly-plot .main-svg").first.wait_for()
     lab.page.get_by_text("Nearest training query").wait_for()
     lab.page.wait_for_timeout(700)

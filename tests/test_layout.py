@@ -30,7 +30,7 @@ ALLOWED = {
     "evaluator": {"core", "retrieval", "metrics", "data", "methods", "show"},
     "trainer": {"core", "retrieval", "attributes", "vocabulary", "sampler", "data", "encoder", "methods", "evaluator"},
     "studies": {"core", "sampler", "data", "encoder", "methods", "evaluator", "trainer", "show"},
-    "retriever": {"core", "attributes", "data", "encoder", "evaluator", "trainer", "show"},
+    "retriever": {"core", "attributes", "readings", "data", "encoder", "evaluator", "trainer", "show"},
 }
 
 

