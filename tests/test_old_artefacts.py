@@ -97,8 +97,15 @@ def test_what_an_old_run_did_not_name_is_what_its_method_did():
         assert {name: meant[name] for name in asked} == asked | options
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(home, splits, expected):
-    "The checkpoint holds weights, moments and pools after two of three epochs; the third draws its batches, texts, negatives and dropout masks anew."
+def every_state(attention, arguments, options):
+    "Where the last layer computed all states, and so drew dropout masks for all of them."
+    options.pop("read", None)
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(home, splits, expected, monkeypatch):
+    """The checkpoint holds weights, moments and pools after two of three epochs; the third draws its batches, texts, negatives and dropout masks anew.
+    The numbers are those of a last layer that computes every state, read or not: what is not read moves nothing but the masks."""
+    monkeypatch.setattr("dqe_cir.encoder.blip2.only_read", every_state)
     torch.manual_seed(0)
     kept = torch.nn.functional.dropout(torch.ones(64), 0.5) > 0
     if not torch.equal(kept, expected["dropout"]): pytest.skip("this build of torch draws other dropout masks than the one that wrote the numbers")

@@ -187,6 +187,9 @@ def trained(folder, splits, tokens, until=None, **options):
 def scores_of(method, splits, tokens): return torch.cat([part.scores for part in score_dataset(method, splits[1], tokens)])
 
 
+def steady(events): return [{name: value for name, value in event.items() if "seconds" not in name} for event in events]
+
+
 def same(one, other): return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -210,7 +213,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(whole, splits, tokens, tmp_pa
     trained(tmp_path / "run", splits, tokens, until=2, method=name)
     words = (tmp_path / "run" / "vocabulary.json").read_bytes()
     again, resumed = trained(tmp_path / "run", splits, tokens, method=name)
-    assert same(trained_state(again), trained_state(method)) and resumed.events == run.events
+    assert same(trained_state(again), trained_state(method)) and steady(resumed.events) == steady(run.events)
     assert (tmp_path / "run" / "vocabulary.json").read_bytes() == words
 
 
