@@ -19,9 +19,10 @@ from .base import Batch, Method, check_range
 from .parts import LearnedTemperature
 from .readings import READING_OPTIONS, ReadsAttributes, check_readings
 
-# %% ../../nbs/methods/80_dqe_cir.ipynb #a9841f7d
+# %% ../../nbs/methods/80_dqe_cir.ipynb #28b0f4f1
 RANK_MARGIN, ATTRIBUTE_MARGINS = 0.10, {"colour": 0.15, "shape": 0.10}
 
+# %% ../../nbs/methods/80_dqe_cir.ipynb #a9841f7d
 class DQECIR(ReadsAttributes, Method, LearnedTemperature):
     "Queries that read attributes; in the paper's form sub-queries by attention and one mined negative each."
     uses_negatives = True

@@ -38,6 +38,7 @@ class ReadingOptions:
     label_gaps: float = 0.0  # share of the named values that is forgotten
     label_noise: float = 0.0  # share of the named values that is replaced by a wrong one
 
+# %% ../../nbs/methods/06_readings.ipynb #2bf4727f
 READING_OPTIONS = tuple(field.name for field in fields(ReadingOptions))
 VOCABULARIES = ("none", "mined", "hand", "paper")
 
@@ -83,13 +84,16 @@ class ReadsAttributes:
         terms = {"words": self.reading.words_weight, "match": self.reading.match_weight}
         self.weights = {**self.weights, **terms}
 
-    def with_reading(self, vectors: Tensor) -> Tensor:
-        "Queries (B,D) with their readings behind them, (B,D+K); as they are where there are no readings."
-        return vectors if self.readings is None else self.readings.extend(vectors)
+# %% ../../nbs/methods/06_readings.ipynb #13823626
+@patch
+def with_reading(self: ReadsAttributes, vectors: Tensor) -> Tensor:
+    "Queries (B,D) with their readings behind them, (B,D+K); as they are where there are no readings."
+    return vectors if self.readings is None else self.readings.extend(vectors)
 
-    def with_image_reading(self, embeddings: Tensor) -> Tensor:
-        "The same for images, (N,T,D) to (N,T,D+K)."
-        return embeddings if self.readings is None else self.readings.extend_image(embeddings)
+@patch
+def with_image_reading(self: ReadsAttributes, embeddings: Tensor) -> Tensor:
+    "The same for images, (N,T,D) to (N,T,D+K)."
+    return embeddings if self.readings is None else self.readings.extend_image(embeddings)
 
 # %% ../../nbs/methods/06_readings.ipynb #0ba73808
 @patch
@@ -134,6 +138,7 @@ def prepare(self: ReadsAttributes, dataset: CIRDataset, tokens, folder: Path) ->
     spoil = self.reading.label_gaps, self.reading.label_noise, generator(self.reading_seed, "label faults")
     return faulty(labels, self.vocabulary.sizes, *spoil)
 
+# %% ../../nbs/methods/06_readings.ipynb #c88a2ef5
 @patch
 def restore(self: ReadsAttributes, folder: Path) -> None:
     "Take up the vocabulary that a run's folder holds, if it holds one."
@@ -154,6 +159,7 @@ def reading_terms(self: ReadsAttributes, query: Tensor, target: Tensor, batch: B
     if not self.reading.readings_gated or batch.progress < GATES_FROM: return terms
     return terms | {"gate": self.gate_term(query.detach(), image.detach(), batch.group)}
 
+# %% ../../nbs/methods/06_readings.ipynb #898d924c
 @patch
 def gate_term(self: ReadsAttributes, query: Tensor, image: Tensor, group: Tensor) -> Tensor:
     "(B,): InfoNCE of the whole score of queries and images (B,D), as a function of the weights alone."
