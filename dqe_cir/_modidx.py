@@ -1358,6 +1358,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                             'dqe_cir/retriever/page.py'),
                                         'dqe_cir.retriever.page.SearchPage.show_shares': ( 'retriever/page.html#searchpage.show_shares',
                                                                                            'dqe_cir/retriever/page.py'),
+                                        'dqe_cir.retriever.page.SearchPage.slid': ( 'retriever/page.html#searchpage.slid',
+                                                                                    'dqe_cir/retriever/page.py'),
                                         'dqe_cir.retriever.page.SearchPage.submitted': ( 'retriever/page.html#searchpage.submitted',
                                                                                          'dqe_cir/retriever/page.py'),
                                         'dqe_cir.retriever.page.SearchPage.tell_lesson': ( 'retriever/page.html#searchpage.tell_lesson',

@@ -67,6 +67,7 @@ def read_image(method, embeddings: Tensor) -> Tensor:
     "The readings (K,) of one image with embeddings (T,D+K)."
     return method.readings(mean_vector(embeddings[:, :-sum(method.readings.sizes)]))
 
+# %% ../../nbs/retriever/06_explain.ipynb #1aa9d900
 def attribute_readings(retriever: Retriever, sides: dict[str, Tensor],
                        weights: list[float]) -> list[AttributeReading]:
     "One `AttributeReading` per attribute of readings (K,) of `reference`, `query` and `picture`."
@@ -99,6 +100,7 @@ def spoken_of(self: Retriever, words: str) -> dict[str, bool]:
     named = self.method.vocabulary.label([words])[0].split(self.method.readings.sizes)
     return {name: bool(part.any()) for name, part in zip(self.weighed, named)}
 
+# %% ../../nbs/retriever/06_explain.ipynb #60b02667
 @patch
 def readings_of(self: Retriever, asked: ReadQuery, tokens: Tensor, image: Tensor,
                 gate="learned") -> list[AttributeReading]:

@@ -38,6 +38,7 @@ STYLE = """<style>
 .dqe-result {font-size: 12px; line-height: 1.25; height: 34px; overflow: hidden; color: #222}
 .dqe-name {display: block; white-space: nowrap; overflow: hidden; text-overflow: ellipsis}
 .dqe-page .widget-image {object-fit: contain}
+.dqe-read {font-size: 12px; line-height: 1.3; border-spacing: 12px 0}
 </style>"""
 
 # %% ../../nbs/retriever/09_page.ipynb #afdeb6c4
@@ -145,11 +146,11 @@ def make_gate(self: SearchPage) -> None:
     "Three ways to set the gate, and a slider for each part that a gate set by hand weighs."
     self.mode = w.ToggleButtons(options=["learned", "off", "by hand"], style=dict(button_width="84px"),
                                 layout=px(300))
-    most, width = (MOST, 160) if self.retriever.reads else (1.0, 76)
+    most, name, whole = (MOST, 160, 326) if self.retriever.reads else (1.0, 76, 214)
     self.sliders = [
         w.FloatSlider(value=0, min=0, max=most, step=0.01, description=part, disabled=True,
-                      readout_format=".2f", style=dict(description_width=f"{width}px"),
-                      layout=px(width + 138))
+                      readout_format=".2f", style=dict(description_width=f"{name}px"),
+                      layout=px(whole))
         for part in self.retriever.weighed]
 
 # %% ../../nbs/retriever/09_page.ipynb #3507f037
@@ -173,6 +174,7 @@ def gate_box(self: SearchPage) -> w.Widget:
     mode = w.HBox([w.HTML(name, layout=px(80)), self.mode])
     return w.VBox([mode, w.Box(self.sliders, layout=w.Layout(flex_flow="row wrap"))])
 
+# %% ../../nbs/retriever/09_page.ipynb #bbc35bc5
 @patch
 def arranged(self: SearchPage) -> w.VBox:
     "The page: gallery, status, the question, the grid, the history, the reasons."
@@ -232,7 +234,7 @@ def listen(self: SearchPage) -> None:
     watch(self.name, self.pick_name)
     watch(self.file, self.pick_files)
     watch(self.mode, self.pick_mode)
-    for slider in self.sliders: watch(slider, lambda _: self.regate(self.by_hand()))
+    for slider in self.sliders: watch(slider, lambda _: self.slid())
     self.text.on_msg(self.guarded(self.submitted))
     click(self.button, self.ask)
     click(self.another, self.pick_another)
@@ -369,6 +371,12 @@ def by_hand(self: SearchPage) -> tuple[float, ...]:
     return tuple(slider.value for slider in self.sliders)
 
 @patch
+def slid(self: SearchPage) -> None:
+    "A slider moved: rank again, if it was moved by hand and not by the page."
+    if self.mode.value == "by hand": self.regate(self.by_hand())
+
+# %% ../../nbs/retriever/09_page.ipynb #004cc1e2
+@patch
 def regate(self: SearchPage, gate) -> None:
     "Rank again with another gate."
     self.session.set_gate(gate)
@@ -454,6 +462,7 @@ def reading_table(why: Explanation) -> str:
             for read, brought in zip(why.readings, why.contributions[1:])]
     return f'<table class="dqe-read">{head}{"".join(rows)}</table>'
 
+# %% ../../nbs/retriever/09_page.ipynb #b61dc3cf
 def readings_in_words(why: Explanation) -> str:
     "Reference, query and picture as they are read, and what the attributes bring, as HTML."
     sides = {"reference": "the reference", "query": "the query", "picture": "this picture"}
@@ -480,7 +489,8 @@ def contribution_figure(why: Explanation, result: Result):
     "How much of the score came from each part of the query; of sub-queries the gate, learned and used, too."
     rows = {} if why.readings else {"learned gate": why.learned, "gate used": why.used}
     rows[f"of its score {result.score:.3f}"] = [value / result.score for value in why.contributions]
-    return gate_figure(rows, why.parts, "").update_layout(height=200, margin=dict(l=120, r=20, t=10, b=40))
+    figure = gate_figure(rows, why.parts, "").update_layout(height=200, margin=dict(l=120, r=20, t=10, b=40))
+    return figure.update_layout(xaxis_title="share of the score") if why.readings else figure
 
 def shown_figure(figure) -> dict:
     "A figure as an output: it is set, not displayed, so that nothing depends on which cell is running."
