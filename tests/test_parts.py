@@ -77,5 +77,6 @@ def test_the_record_says_that_readings_know_their_attribute_and_copies_do_not():
     assert known["colour"]["colour"] > known["shape"]["colour"] + 40 and known["shape"]["shape"] > known["colour"]["shape"] + 25
     assert reads["readings"] == "mined" and reads["recipe"] == "common" and reads["queries"] == attends["queries"] == 900
     for kind in ("colour", "shape"): assert abs(attends["first image"]["colour"][kind] - attends["first image"]["shape"][kind]) < 5
-    assert attends["cosine"] > 0.9 > abs(reads["alike"])
+    for name in ("attention", "paper"): assert record["parts"][name]["cosine"] > 0.9 and record["parts"][name]["alike"] > 0.9
+    assert record["parts"]["paper"]["recipe"] == "paper" and abs(reads["alike"]) < 0.2
     assert len(reads["weights"]) == len(reads["vocabulary"]["attributes"]) and min(reads["weights"]) >= 0
