@@ -43,12 +43,8 @@ class DQECIR(ReadsAttributes, Method, LearnedTemperature):
         aligned: bool = False,
         smoothing: float = 0.0,
         label_smoothing: float = 0.2,
-        preference: float = 1.0,
-        ranking: float = 0.5,
-        attribute: float = 0.25,
-        contrastive: float = 0.0,
-        own: bool = False,
-        mined_columns: bool = False,
+        preference: float = 1.0, ranking: float = 0.5, attribute: float = 0.25, contrastive: float = 0.0,
+        own: bool = False, mined_columns: bool = False,
         attributes: dict[str, float] = ATTRIBUTE_MARGINS,
         temperature: float | None = None,
         config=None,
@@ -58,6 +54,7 @@ class DQECIR(ReadsAttributes, Method, LearnedTemperature):
         names = tuple(checked_attributes(attributes))
         form = sub_query, encoder.query_tokens.shape[1]
         self.compose = AttributeWeights(encoder.text_projection, names, mode, aligned, *form)
+        if mode == "off": self.compose.requires_grad_(False)  # nothing of it is used
         self.aligned, self.smoothing, self.label_smoothing = aligned, smoothing, label_smoothing
         self.own, self.mined_columns, self.margins = own, mined_columns, attributes
         self.weights = {"preference": preference, "ranking": ranking, "contrastive": contrastive}
