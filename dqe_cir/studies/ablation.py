@@ -508,7 +508,8 @@ def common(self: StudyConfig) -> dict:
 def named(self: StudyConfig) -> dict[str, dict]:
     "The conditions of the study, by name; all, where a record is repeated: all that it has."
     names = self.conditions.split(",")
-    if self.conditions == "all": names = [name for name in CONDITIONS if name in recorded_conditions(self.against)]
+    recorded = recorded_conditions(self.against)
+    if self.conditions == "all": names = [name for name in CONDITIONS if name in recorded]
     return {name: condition_of(name) for name in names}
 
 def recorded_conditions(against: str) -> set[str]:
