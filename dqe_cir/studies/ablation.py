@@ -514,7 +514,7 @@ def named(self: StudyConfig) -> dict[str, dict]:
 
 def recorded_conditions(against: str) -> set[str]:
     "Names of the conditions of a record; without one all that there are."
-    if not against: return set(CONDITIONS)
+    if not against or not at_home(against).exists(): return set(CONDITIONS)
     return set(json.loads(at_home(against).read_text())["conditions"])
 
 # %% ../../nbs/studies/01_ablation.ipynb #b2d2071b
