@@ -16,7 +16,7 @@ from ..data.datasets import SPECS
 from ..encoder.blip2 import Blip2Encoder
 from ..losses import info_nce, margin, pairwise_kl, products
 from .base import Batch, Method, check_range
-from .parts import LearnedTemperature
+from .parts import LearnedTemperature, freeze_last_words
 from .readings import READING_OPTIONS, ReadsAttributes, check_readings
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #28b0f4f1
@@ -43,12 +43,8 @@ class DQECIR(ReadsAttributes, Method, LearnedTemperature):
         aligned: bool = False,
         smoothing: float = 0.0,
         label_smoothing: float = 0.2,
-        preference: float = 1.0,
-        ranking: float = 0.5,
-        attribute: float = 0.25,
-        contrastive: float = 0.0,
-        own: bool = False,
-        mined_columns: bool = False,
+        preference: float = 1.0, ranking: float = 0.5, attribute: float = 0.25, contrastive: float = 0.0,
+        own: bool = False, mined_columns: bool = False,
         attributes: dict[str, float] = ATTRIBUTE_MARGINS,
         temperature: float | None = None,
         config=None,
@@ -58,6 +54,9 @@ class DQECIR(ReadsAttributes, Method, LearnedTemperature):
         names = tuple(checked_attributes(attributes))
         form = sub_query, encoder.query_tokens.shape[1]
         self.compose = AttributeWeights(encoder.text_projection, names, mode, aligned, *form)
+        if mode == "off":  # nothing of it is used, and of the words' states nothing either
+            self.compose.requires_grad_(False)
+            freeze_last_words(encoder)
         self.aligned, self.smoothing, self.label_smoothing = aligned, smoothing, label_smoothing
         self.own, self.mined_columns, self.margins = own, mined_columns, attributes
         self.weights = {"preference": preference, "ranking": ranking, "contrastive": contrastive}

@@ -411,7 +411,8 @@ def check_finished(job: Job) -> None:
     was, now = (job.record or {}).get("parameters", {}), parameters(job.config)
     for name, value in now.items():
         if name in was and was[name] != value:
-            raise ValueError(f"{job.folder} holds a run with {name}={was[name]}, and {name}={value} was asked "
+            raise ValueError(f"{job.folder} holds a run with {name}={was[name]}, and {name}={value} was "
+                             "asked "
                              "for: give another study, or delete that folder")
 
 # %% ../../nbs/studies/01_ablation.ipynb #69ac772a
@@ -506,13 +507,14 @@ def common(self: StudyConfig) -> dict:
 @patch(as_prop=True)
 def named(self: StudyConfig) -> dict[str, dict]:
     "The conditions of the study, by name; all, where a record is repeated: all that it has."
+    names = self.conditions.split(",")
     recorded = recorded_conditions(self.against)
-    names = [name for name in CONDITIONS if name in recorded] if self.conditions == "all" else self.conditions.split(",")
+    if self.conditions == "all": names = [name for name in CONDITIONS if name in recorded]
     return {name: condition_of(name) for name in names}
 
 def recorded_conditions(against: str) -> set[str]:
     "Names of the conditions of a record; without one all that there are."
-    if not against: return set(CONDITIONS)
+    if not against or not at_home(against).exists(): return set(CONDITIONS)
     return set(json.loads(at_home(against).read_text())["conditions"])
 
 # %% ../../nbs/studies/01_ablation.ipynb #b2d2071b

@@ -123,8 +123,8 @@ def trained_state(method: nn.Module) -> dict[str, torch.Tensor]:
 
 # %% ../../nbs/trainer/05_runs.ipynb #f8a91fde
 def load_state(method: nn.Module, state: dict[str, torch.Tensor], source="the checkpoint") -> None:
-    "Load what `trained_state` returned; a missing or surplus name raises `ValueError`."
-    odd = sorted(set(trained_state(method)) ^ set(state))
+    "Load what `trained_state` returned; a missing name, or one that the method has not, raises `ValueError`."
+    odd = sorted({*trained_state(method)} - {*state} | {*state} - {*method.state_dict()})
     if odd:
         raise ValueError(f"{source} does not fit this method: {len(odd)} names differ, "
                          f"such as {', '.join(odd[:3])}")
