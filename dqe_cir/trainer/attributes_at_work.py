@@ -146,6 +146,7 @@ def write_parts(folders: dict[str, Path | str], spoken: tuple[int, ...] = (),
                 path: Path | None = None) -> dict:
     "Measure run folders by name and keep the record, as `data/results/parts.json` where no path is given."
     parts = {name: parts_of_run(folder, spoken) for name, folder in folders.items()}
-    record = dict(data="garments", split="val", parts=parts, environment=environment())
+    command = f"write_parts of dqe_cir.trainer.attributes_at_work on runs called {', '.join(folders)}"
+    record = dict(command=command, data="garments", split="val", parts=parts, environment=environment())
     write_json(path or checkout() / "data" / "results" / "parts.json", record)
     return record
