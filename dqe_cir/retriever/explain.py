@@ -29,7 +29,7 @@ def contributions(composed: ComposedQuery | ReadQuery, image: Tensor, gate="lear
     "What each part (1+A,) of a query brings to the score of a picture (T,D) or (T,D+K); they sum to it."
     query = gated(composed, gate)[0]
     best = image[(image @ query).argmax()]
-    if isinstance(composed, ReadQuery):
+    if not isinstance(composed, ComposedQuery):
         sizes = [composed.base.shape[1], *composed.sizes]
         return torch.stack([part.sum() for part in (query * best).split(sizes)])
     shares, parts = gate_shares(composed, gate), torch.cat([composed.base, composed.parts[0]])

@@ -60,7 +60,7 @@ def gate_shares(composed: ComposedQuery | ReadQuery, gate="learned") -> Tensor:
     """The shares (1+A,) of the plain query and the sub-queries: `learned`, `off`, or weights by hand.
 
     Of a query with readings: what each part counts, 1 and the weights of the attributes in use."""
-    if isinstance(composed, ReadQuery):
+    if not isinstance(composed, ComposedQuery):  # pages in one process have a ReadQuery each
         weights = composed.roots.square() * reading_factors(composed, gate)
         return torch.cat([weights.new_ones(1), weights])
     learned = composed.gate[0]
@@ -79,7 +79,7 @@ def gate_shares(composed: ComposedQuery | ReadQuery, gate="learned") -> Tensor:
 # %% ../../nbs/retriever/05_search.ipynb #87d1a8a6
 def gated(composed: ComposedQuery | ReadQuery, gate="learned") -> Tensor:
     "The query (1,D), or (1,D+K) with readings, of a gate, from the parts of a composed one."
-    if isinstance(composed, ReadQuery): return with_tail(composed, reading_factors(composed, gate))
+    if not isinstance(composed, ComposedQuery): return with_tail(composed, reading_factors(composed, gate))
     if isinstance(gate, str) and gate == "learned": return composed.query
     parts = torch.cat([composed.base, composed.parts[0]])
     return unit((gate_shares(composed, gate).unsqueeze(-1) * parts).sum(0, keepdim=True))
@@ -87,7 +87,7 @@ def gated(composed: ComposedQuery | ReadQuery, gate="learned") -> Tensor:
 # %% ../../nbs/retriever/05_search.ipynb #f88257bc
 def gate_by_hand(composed: ComposedQuery | ReadQuery, gate="learned") -> list[float]:
     "A gate as weights set by hand: shares of all parts, or factors of the attributes read."
-    if isinstance(composed, ReadQuery): return reading_factors(composed, gate).tolist()
+    if not isinstance(composed, ComposedQuery): return reading_factors(composed, gate).tolist()
     return gate_shares(composed, gate).tolist()
 
 # %% ../../nbs/retriever/05_search.ipynb #fc58f7ff
