@@ -111,7 +111,7 @@ def test_the_evidence_in_the_readme_is_the_record(one, other):
 
 def test_what_make_train_ends_at():
     found = {record["seed"]: record for record in records("garments-dqe_cir-seed*.json")}
-    assert 0 in found
+    assert {0, 1, 2} <= set(found)
     for seed, record in found.items():
         assert record["method"] == "dqe_cir" and record["metrics"]["mAP"] >= 66 and record["metrics"]["R@10"] >= 73, seed
     text, first = (ROOT / "README.md").read_text(), found[0]["metrics"]

@@ -10,7 +10,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..attributes import AttributeWeights, ComposedQuery, aligned_target, check_forms
+from ..attributes import AttributeWeights, ComposedQuery, check_forms
 from ..attributes import own_words, speaks_of
 from ..data.datasets import SPECS
 from ..encoder.blip2 import Blip2Encoder
@@ -103,21 +103,9 @@ def own_states(self: DQECIR, reference: Tensor, texts: list[str]) -> Tensor:
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #252028c4
 @patch
-def encode_query(self: DQECIR, reference: Tensor, texts: list[str]) -> Tensor:
-    "(B,P,W) and B texts to queries (B,D), or (B,T*D) when aligned, with their readings behind them."
-    return self.with_reading(self.composed(reference, texts).query)
-
-# %% ../../nbs/methods/80_dqe_cir.ipynb #4690da4f
-@patch
-def plain_target(self: DQECIR, tokens: Tensor) -> Tensor:
-    "Unit embeddings (N,T,D), or one long vector (N,1,T*D) when aligned."
-    embeddings = self.encoder.encode_target(tokens)
-    return aligned_target(embeddings) if self.aligned else embeddings
-
-@patch
-def encode_target(self: DQECIR, tokens: Tensor) -> Tensor:
-    "The plain embeddings, with the image's reading behind each where there are readings."
-    return self.with_image_reading(self.plain_target(tokens))
+def plain_query(self: DQECIR, reference: Tensor, texts: list[str]) -> Tensor:
+    "(B,P,W) and B texts to unit queries (B,D), or (B,T*D) when aligned."
+    return self.composed(reference, texts).query
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #36eddd0d
 @patch(cls_method=True)
@@ -134,6 +122,9 @@ def check(cls: DQECIR, config) -> None:
     check_forms(config.attribute_mode, config.sub_query)
     if config.mined_columns: check_columns(config)
     if config.attribute_negatives == "own": check_own(config)
+    if config.negatives != "trns" and not cls.wants_negatives(config):
+        raise ValueError(f"negatives={config.negatives} are looked at by no term: give preference_weight=1, "
+                         "or recipe=paper")
 
 # %% ../../nbs/methods/80_dqe_cir.ipynb #d796ac5a
 @patch(cls_method=True)

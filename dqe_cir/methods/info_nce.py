@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..attributes import aligned_target, join_states
+from ..attributes import join_states
 from ..encoder.blip2 import Blip2Encoder
 from ..losses import info_nce
 from .base import Batch, Method, check_range
@@ -61,24 +61,6 @@ def plain_query(self: InfoNCE, reference: Tensor, texts: list[str]) -> Tensor:
     fused, _ = self.encoder.fuse(reference, *self.encoder.tokenize(texts), words=0)
     even = fused.new_full(fused.shape[:2], 1 / fused.shape[1])
     return join_states(self.encoder.text_projection(fused), even, self.aligned)
-
-# %% ../../nbs/methods/10_info_nce.ipynb #134c6df5
-@patch
-def plain_target(self: InfoNCE, tokens: Tensor) -> Tensor:
-    "Unit embeddings (N,T,D), or one long vector (N,1,T*D) when aligned."
-    embeddings = self.encoder.encode_target(tokens)
-    return aligned_target(embeddings) if self.aligned else embeddings
-
-# %% ../../nbs/methods/10_info_nce.ipynb #dcadee68
-@patch
-def encode_query(self: InfoNCE, reference: Tensor, texts: list[str]) -> Tensor:
-    "The plain query, with its reading of K values behind it where there are readings."
-    return self.with_reading(self.plain_query(reference, texts))
-
-@patch
-def encode_target(self: InfoNCE, tokens: Tensor) -> Tensor:
-    "The plain embeddings, with the image's reading behind each where there are readings."
-    return self.with_image_reading(self.plain_target(tokens))
 
 # %% ../../nbs/methods/10_info_nce.ipynb #bdb8a9c7
 @patch

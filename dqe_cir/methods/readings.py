@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..attributes import LEXICON
+from ..attributes import LEXICON, aligned_target
 from ..core import generator, write_json
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS
@@ -75,6 +75,7 @@ GATES_FROM = 0.25  # share of the training before the weights of the attributes 
 
 class ReadsAttributes:
     "The first base class of a `Method` whose vectors carry readings; without a vocabulary it does nothing."
+    apart = ("readings.",)
 
     def will_read(self, config) -> None:
         "Take a run's `ReadingOptions` and seed from its configuration; without one there are no readings."
@@ -94,6 +95,24 @@ def with_reading(self: ReadsAttributes, vectors: Tensor) -> Tensor:
 def with_image_reading(self: ReadsAttributes, embeddings: Tensor) -> Tensor:
     "The same for images, (N,T,D) to (N,T,D+K)."
     return embeddings if self.readings is None else self.readings.extend_image(embeddings)
+
+# %% ../../nbs/methods/06_readings.ipynb #2a210bca
+@patch
+def plain_target(self: ReadsAttributes, tokens: Tensor) -> Tensor:
+    "Image tokens (N,P,W) to unit embeddings (N,T,D), or one long vector (N,1,T*D) when aligned."
+    embeddings = self.encoder.encode_target(tokens)
+    return aligned_target(embeddings) if self.aligned else embeddings
+
+# %% ../../nbs/methods/06_readings.ipynb #802501a3
+@patch
+def encode_query(self: ReadsAttributes, reference: Tensor, texts: list[str]) -> Tensor:
+    "The method's `plain_query` (B,D) of reference tokens (B,P,W) and B texts, its reading behind it."
+    return self.with_reading(self.plain_query(reference, texts))
+
+@patch
+def encode_target(self: ReadsAttributes, tokens: Tensor) -> Tensor:
+    "The plain embeddings of image tokens (N,P,W), the image's reading behind each."
+    return self.with_image_reading(self.plain_target(tokens))
 
 # %% ../../nbs/methods/06_readings.ipynb #0ba73808
 @patch

@@ -407,15 +407,17 @@ def false_negatives(self: NegativePool, epoch: int) -> float | None:
 
 # %% ../../nbs/trainer/01_mining.ipynb #e430d78d
 @patch
-def lessons(self: NegativePool, until: int, most: int = 8) -> list[dict]:
+def lessons(self: NegativePool, until: int, most: int = 8, mates: bool = False) -> list[dict]:
     """Per training query what it was taught last: reference, captions, target, and up to `most` negatives
-    drawn since the last refresh and before epoch `until`."""
+    drawn since the last refresh and before epoch `until`; with `mates` the targets of its partners."""
     if self.pools is None: return []
     epochs, taught = until - self.since, []
+    partners = self.partners() if mates else None
     for row, t in enumerate(self.dataset.triplets):
         size = int((self.pools[row] >= 0).sum())
         turns = min(most, size, epochs * self.count)  # within one round: no repetition
-        negatives = [self.one(row, turn) for turn in range(turns)]
+        if mates: negatives = [self.dataset.triplets[mate].target for mate in partners[row][:most].tolist()]
+        else: negatives = [self.one(row, turn) for turn in range(turns)]
         lesson = dict(reference=t.reference, captions=list(t.captions), target=t.target, negatives=negatives)
         taught.append(lesson)
     return taught
