@@ -121,6 +121,7 @@ def test_a_parameter_that_the_method_does_not_read_is_refused_in_one_line(method
         if name == "batches" and method == "qure": continue  # it mines, but has no term in which the rows of a batch meet
         if name == "batches" and METHODS[method].uses_negatives: values["contrastive_weight"] = 1.0
         if name.startswith(("zone", "batches")) and METHODS[method].uses_negatives: values["negatives"] = "trns"
+        if name == "negatives" and method == "dqe_cir": values["preference_weight"] = 1.0  # or no term reads them
         if name in options_of(METHODS[method]):
             assert getattr(train_config(values), name) == value
             continue
