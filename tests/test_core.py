@@ -1,4 +1,5 @@
 "Seeds, parameters and records under hostile conditions: what the first notebook only tells the story of."
+import errno
 import json
 import platform
 import re
@@ -110,9 +111,11 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
 
 def test_a_failing_disk_leaves_the_old_file(tmp_path, monkeypatch):
     path = write_json(tmp_path / "results.json", {"mAP": 1})
-    def half(part, text): part.write_bytes(text.encode()[:5]); raise OSError("No space left on device")
-    monkeypatch.setattr(Path, "write_text", half)
-    with pytest.raises(OSError, match="No space left"): write_json(path, {"mAP": 2})
+    def half(part, content):
+        part.open("wb").write(content[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(DataError, match=r"results.json could not be written \(No space left on device\); the former file stands"): write_json(path, {"mAP": 2})
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
     assert json.loads(path.read_text()) == {"mAP": 1}
 

@@ -167,7 +167,7 @@ def test_a_key_given_twice_in_one_object_is_refused(tmp_path):
     fashioniq(tmp_path)
     path = tmp_path / SETS["fashioniq"][2]
     path.write_text(path.read_text().replace('"target"', '"target": "B1", "target"', 1))
-    assert "names 'target' twice" in refusal(tmp_path, "fashioniq")
+    assert "the name 'target' occurs twice" in refusal(tmp_path, "fashioniq")
 
 
 @pytest.mark.parametrize("place", ["", "cirr"])

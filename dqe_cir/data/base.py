@@ -6,7 +6,6 @@
 __all__ = ['Triplet', 'CIRDataset', 'DatasetSpec', 'read_json', 'unique', 'read_rows', 'split_names', 'known', 'origin']
 
 # %% ../../nbs/data/03_base.ipynb #7a1ce2ac
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +13,8 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import DataError
+from .. import files
+from ..files import DataError
 
 # %% ../../nbs/data/03_base.ipynb #b649e531
 @dataclass(frozen=True)
@@ -119,13 +119,7 @@ class DatasetSpec:
 def read_json(path: Path, get: str):
     "Parsed JSON. A missing file raises `DataError` that ends in `get`, what to do. So does a malformed one."
     if not path.exists(): raise DataError(f"{path} is missing: {get}")
-    def once(pairs):
-        unique([key for key, _ in pairs], path)
-        return dict(pairs)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
-        raise DataError(f"{path} is not valid JSON ({problem}): get the file again") from None
+    return files.read_json(path)
 
 # %% ../../nbs/data/03_base.ipynb #a257a23c
 def unique(names: list[str], path: Path | str) -> list[str]:

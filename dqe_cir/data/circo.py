@@ -8,10 +8,10 @@ __all__ = ['BASES', 'CIRCO', 'circo_numbers', 'circo_triplet', 'circo_files', 'c
 # %% ../../nbs/data/06_circo.ipynb #675fd3ed
 from pathlib import Path
 
-from ..core import DataError
 from .base import CIRDataset, DatasetSpec, Triplet, read_json, read_rows, unique
 from .captions import stripped
 from .pictures import files_by_stem
+from ..files import DataError
 
 # %% ../../nbs/data/06_circo.ipynb #360f6487
 def circo_numbers(row: dict, needs_target: bool) -> list:

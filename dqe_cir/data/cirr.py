@@ -9,12 +9,12 @@ __all__ = ['CIRR_FIELDS', 'PLACES', 'CIRR', 'cirr_lacks', 'cirr_positives', 'cir
 # %% ../../nbs/data/05_cirr.ipynb #4b51ba75
 from pathlib import Path
 
-from ..core import DataError
 from .base import CIRDataset, DatasetSpec, Triplet, known, origin
 from .base import read_json, read_rows, unique
 from .captions import stripped
 from .fashioniq import with_shared_answers
 from .pictures import files_by_stem
+from ..files import DataError
 
 # %% ../../nbs/data/05_cirr.ipynb #7ec46ba7
 CIRR_FIELDS = {"pairid": (int, str), "reference": str, "caption": str, "img_set": dict}

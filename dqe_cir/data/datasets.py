@@ -8,7 +8,7 @@ __all__ = ['SPECS', 'complete', 'load_dataset', 'sample_banner']
 # %% ../../nbs/data/08_datasets.ipynb #5b10ccd2
 from pathlib import Path
 
-from ..core import DataError, data_folder
+from ..core import data_folder
 from .base import CIRDataset, DatasetSpec
 from .circo import CIRCO
 from .cirr import CIRR
@@ -16,6 +16,7 @@ from .fashioniq import FASHIONIQ
 from .garments.benchmark import make_garments
 from .garments.reader import GARMENTS
 from .hp_fashioniq import HP_FASHIONIQ
+from ..files import DataError
 
 # %% ../../nbs/data/08_datasets.ipynb #279c123f
 SPECS: dict[str, DatasetSpec] = {spec.name: spec for spec in (

@@ -9,11 +9,11 @@ __all__ = ['FASHIONIQ', 'fashioniq_fields', 'fashioniq_triplets', 'with_shared_a
 import dataclasses
 from pathlib import Path
 
-from ..core import DataError
 from .base import CIRDataset, DatasetSpec, Triplet, known, origin
 from .base import read_json, read_rows, split_names
 from .captions import stripped
 from .pictures import files_by_stem
+from ..files import DataError
 
 # %% ../../nbs/data/04_fashioniq.ipynb #6492f65c
 def fashioniq_fields(row: dict, where: str, needs_target: bool) -> tuple[str, str | None, tuple[str, ...]]:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core import DataError
 from .base import CIRDataset, DatasetSpec, Triplet, origin, read_json
 from .pictures import files_by_stem
+from ..files import DataError
 
 # %% ../../nbs/data/07_hp_fashioniq.ipynb #1c7d8861
 MARKS = {"dotmark": ".", "questionmark": "?", "andmark": "&", "starmark": "*"}

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..core import DataError
+from ..files import DataError
 
 # %% ../../nbs/data/01_pictures.ipynb #d829dc0f
 def eight_bits(picture: Image.Image) -> Image.Image:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..core import DataError
 from .base import CIRDataset
 from .datasets import SPECS
 from .pictures import open_image
+from ..files import DataError
 
 # %% ../../nbs/data/09_verify.ipynb #49874827
 def counts(dataset: CIRDataset) -> dict[str, tuple[int, int]]:

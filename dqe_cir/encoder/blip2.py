@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import BertTokenizer, Blip2ForImageTextRetrieval
 
-from ..core import DataError, resolve_device
+from ..core import resolve_device
 from ..data.pictures import target_pad
 from .checkpoints import EPS, LIBRARY_ERRORS, check_model, check_tokenizer, find_tokenizer
 from .checkpoints import is_weight_file, lavis_model, load_model, read_checkpoint, usual_heads
+from ..files import DataError
 
 # %% ../../nbs/encoder/02_blip2.ipynb #1c32b175
 class Blip2Encoder(nn.Module):

@@ -23,7 +23,7 @@ from transformers import BertTokenizer, Blip2Config, Blip2ForImageTextRetrieval,
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2PreTrainedModel, Blip2TextEmbeddings
 
-from ..core import DataError, writable
+from ..files import DataError, writable
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #902ec2f9
 class ClipBlip2Config(Blip2Config):

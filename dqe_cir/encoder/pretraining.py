@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import BertTokenizer, Blip2Config, Blip2ForImageTextRetrieval
 
-from ..core import generator, replacing
+from ..core import generator
 from ..data.garments.draw import ATTRIBUTES, CATEGORIES, Garment, draw_garment
 from ..data.garments.requests import caption_corpus, caption_of
 from ..data.pictures import CLIP_MEAN, CLIP_STD
 from .blip2 import Blip2Encoder
+from ..files import replacing
 from ..retrieval import similarity
 
 # %% ../../nbs/encoder/04_pretraining.ipynb #5321e09f

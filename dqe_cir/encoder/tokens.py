@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import DataError, data_folder, replacing, write_json
+from ..core import data_folder
 from ..data.base import CIRDataset
 from ..data.pictures import open_image
 from .blip2 import Blip2Encoder
+from ..files import DataError, replacing, write_json
 
 # %% ../../nbs/encoder/03_tokens.ipynb #73e8df91
 class TokenCache:

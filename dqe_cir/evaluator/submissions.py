@@ -11,11 +11,11 @@ import json, operator
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ..core import replacing
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS
 from .protocols import PROTOCOLS, Protocol
 from .scoring import best_images, score_dataset
+from ..files import replacing
 from ..methods.base import Method
 
 # %% ../../nbs/evaluator/04_submissions.ipynb #60be83e9

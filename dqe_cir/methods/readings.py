@@ -17,9 +17,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..attributes import LEXICON, aligned_target
-from ..core import generator, write_json
+from ..core import generator
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS
+from ..files import write_json
 from ..losses import info_nce
 from .base import Batch, check_range
 from ..readings import AttributeReadings, mean_vector

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import DataError, data_folder, replacing, write_json
+from ..core import data_folder
 from ..data.base import CIRDataset
 from ..data.garments.benchmark import fingerprint, make_world, render, the_truth, write_fashioniq
 from ..data.garments.draw import Garment
 from ..data.garments.reader import load_garments
+from ..files import DataError, replacing, write_json
 
 # %% ../../nbs/retriever/03_drawn.ipynb #af0cbe29
 def garments_root(size: str = "full") -> str:

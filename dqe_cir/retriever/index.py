@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..attributes import AttributeWeights
-from ..core import DataError, replacing, write_json
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS
 from ..data.pictures import PICTURE_SUFFIXES, open_image
 from ..encoder.blip2 import MINI
+from ..files import DataError, replacing, write_json
 from .drawn import DrawnOnDemand
 from ..trainer.runs import finished_runs, load_run, runs_folder, trained_state
 

@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..core import DataError, replacing
 from ..data.base import Triplet
 from ..data.captions import caption_text
 from ..data.datasets import load_dataset
 from ..encoder.tokens import cache_tokens
 from ..evaluator.scoring import encode_queries
+from ..files import DataError, replacing
 from ..show.sheets import framed
 
 # %% ../../nbs/retriever/02_lessons.ipynb #f042cf8f

@@ -14,13 +14,14 @@ from pathlib import Path
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..core import DataError, checkout, data_folder, smoke, write_json
+from ..core import checkout, data_folder, smoke
 from ..data.base import CIRDataset, Triplet
 from ..data.captions import caption_text, clean_caption
 from ..data.datasets import SPECS, load_dataset
 from ..data.garments.draw import ATTRIBUTES, Garment
 from ..data.garments.requests import is_relevant, read_request
 from ..data.pictures import as_rgb
+from ..files import DataError, write_json
 from .drawn import garments_at_once
 from .index import Retriever, SHIPPED, source_name
 from .search import Result

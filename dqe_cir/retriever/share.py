@@ -15,8 +15,8 @@ from pathlib import Path
 from fastcore.basics import patch
 from safetensors.torch import save_file
 
-from ..core import replacing, write_json
 from ..data.datasets import SPECS
+from ..files import replacing, write_json
 from .drawn import garments_at_once
 from .index import Retriever
 from .lessons import ROWS, TAUGHT, VECTORS, write_lessons

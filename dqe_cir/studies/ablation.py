@@ -31,12 +31,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import append_jsonl, checked, checkout, environment, generator, read_jsonl, replacing
-from ..core import write_json
+from ..core import checked, checkout, environment, generator
 from ..data.base import CIRDataset
 from ..data.datasets import load_dataset
 from ..encoder.tokens import cache_tokens
 from ..evaluator.scoring import SHAPE, encode_gallery, encode_queries, evaluate, gallery_rows
+from ..files import append_jsonl, read_jsonl, replacing, write_json
 from ..methods.zoo import METHODS
 from ..methods.base import Method
 from ..show.figures import text_table

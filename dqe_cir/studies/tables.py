@@ -15,8 +15,8 @@ from pathlib import Path
 
 from IPython.display import Markdown
 
-from ..core import DataError
 from ..data.datasets import SPECS
+from ..files import DataError
 from ..methods.zoo import METHODS
 from ..show.figures import text_table
 from .ablation import at_home, summary_table

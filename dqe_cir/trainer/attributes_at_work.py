@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..attributes import LEXICON
-from ..core import checkout, environment, write_json
+from ..core import checkout, environment
 from ..data.base import CIRDataset
 from ..data.datasets import load_dataset
 from ..encoder.tokens import cache_tokens
 from ..evaluator.scoring import GalleryScores, encode_queries, gallery_rows, top1_attributes
+from ..files import write_json
 from ..methods.base import Method
 from .runs import load_run
 from ..vocabulary import Vocabulary, named_by

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..core import generator, write_json
+from ..core import generator
 from ..data.datasets import load_dataset
 from ..encoder.tokens import cache_tokens
+from ..files import write_json
 from ..methods.base import Method
 from .batches import TrainingSet, epoch_batches, negative_tokens, training_set
 from .config import TrainConfig, form_of, train_config

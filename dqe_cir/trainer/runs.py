@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..attributes import lexicon_record
-from ..core import append_jsonl, checked, checkout, generator, read_jsonl, replacing
-from ..core import resolve_device, write_json
+from ..core import checked, checkout, generator, resolve_device
 from ..data.datasets import SPECS
+from ..files import append_jsonl, read_jsonl, replacing, write_json
 from ..methods.base import Method
 from .config import TrainConfig, as_meant, form_of
 from .mining import NegativePool

@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ...core import data_folder, writable, write_json
+from ...core import data_folder
 from .draw import ATTRIBUTES, CATEGORIES, Garment, draw_garment
 from .requests import Mention, NEVER_DRIFTS, codes, is_relevant, mention_of
 from .requests import relevant_rows, sentence, two_captions
+from ...files import writable, write_json
 
 # %% ../../../nbs/data/garments/03_benchmark.ipynb #123ba066
 SIZES = {  # per category: images and triplets; all: queries in CIRR's layout

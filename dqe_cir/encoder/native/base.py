@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from ...core import DataError
 from ...data.pictures import target_pad
 from ..blip2 import MINI, Blip2Encoder
 from ..checkpoints import LIBRARY_ERRORS
+from ...files import DataError
 
 # %% ../../../nbs/encoder/native/01_base.ipynb #98830261
 class NativeEncoder(nn.Module):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import cached_file
 
-from ...core import DataError
 from ..checkpoints import TOWER_NAMES, is_weight_file, matched, numbers, read_tensors, shape_of
+from ...files import DataError
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #560c57e3
 def conv(into: int, out: int, size: int = 1, stride: int = 1) -> nn.Conv2d:
