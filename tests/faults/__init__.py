@@ -1,0 +1,1 @@
+"Malformed and odd inputs of every kind, made by seeded generators, and what the product must do with each."
