@@ -21,7 +21,7 @@ export NPM_CONFIG_CACHE := $(CURDIR)/.cache/npm
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train evaluate pretrain evidence leaderboard test test-browser browser lab app docs wheel clean constraints FORCE
+.PHONY: help train evaluate pretrain evidence leaderboard test test-faults test-browser browser lab app docs wheel clean constraints FORCE
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -51,6 +51,9 @@ evidence leaderboard: $(INSTALLED)
 
 test: $(INSTALLED) ## run every notebook and every test
 	@$(BIN)/python tests/run.py
+
+test-faults: $(INSTALLED) ## kill, fill the disk, feed what is malformed; 20 minutes: make test-faults ARGS="--every 5"
+	PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)
 
 test-browser: browser ## use the search page in JupyterLab with a real browser; screenshots: .cache/browser
 	$(BIN)/python -m pytest -q -m browser --basetemp .cache/pytest-browser tests/test_browser.py

@@ -143,7 +143,10 @@ def record(self: Vocabulary) -> dict:
 # %% ../nbs/ideas/06_vocabulary.ipynb #02f93e46
 @patch(cls_method=True)
 def from_record(cls: Vocabulary, record: dict) -> Vocabulary:
-    "The vocabulary that `record()` wrote."
+    "The vocabulary that `record()` wrote; another form raises `TypeError` or `KeyError`."
+    for values in record["attributes"].values():
+        if not all(isinstance(word, str) for said in values for word in said) or isinstance(values, str):
+            raise TypeError("an attribute is a list of values, and a value a list of words")
     return cls({name: tuple(map(tuple, values)) for name, values in record["attributes"].items()})
 
 # %% ../nbs/ideas/06_vocabulary.ipynb #e8c0c71e

@@ -6,9 +6,11 @@
 __all__ = ['SHAPE', 'SHARES', 'COLUMNS', 'GalleryScores', 'gallery_rows', 'encode_gallery', 'encode_queries', 'score_dataset',
            'reference_positions', 'target_ranks', 'members_only', 'best_positions', 'best_images', 'relevance',
            'list_precision', 'top1_attributes', 'group_ranks', 'query_measures', 'summarise', 'Evaluation',
-           'evaluate_scores', 'breakdown', 'columns_of', 'by_part', 'has_answers', 'check_answers', 'evaluate']
+           'check_scores', 'tied', 'pessimistic', 'told_apart', 'evaluate_scores', 'breakdown', 'columns_of', 'by_part',
+           'has_answers', 'check_answers', 'evaluate']
 
 # %% ../../nbs/evaluator/02_scoring.ipynb #414be971
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -210,22 +212,65 @@ class Evaluation:
     measures: dict[str, Tensor]  # (Q,) per query, in the order of dataset.triplets
     top: list[list[str]]  # best image ids of every query, best first
     dataset: CIRDataset  # as it was searched
+    tied: float = 0.0  # percent of queries whose target shares its score with another image
+
+# %% ../../nbs/evaluator/02_scoring.ipynb #287368bb
+def check_scores(dataset: CIRDataset, gallery_scores: GalleryScores) -> None:
+    "`ValueError` naming the first query whose scores are not finite."
+    odd = ~gallery_scores.scores.isfinite().all(1)
+    if not odd.any(): return
+    triplet = dataset.triplets[gallery_scores.rows[int(odd.nonzero()[0])]]
+    raise ValueError(f"the scores of {int(odd.sum())} of {len(odd)} queries are not finite, such as of "
+                     f"reference {triplet.reference!r} with {' and '.join(triplet.captions)[:80]!r}: "
+                     "the weights or the tokens are damaged; train again with a lower lr")
+
+# %% ../../nbs/evaluator/02_scoring.ipynb #b89df589
+def tied(dataset: CIRDataset, gallery_scores: GalleryScores) -> Tensor:
+    "(Q,) int64: how many other images have the score of each query's target."
+    target = gallery_scores.positions([dataset.triplets[row].target for row in gallery_scores.rows])
+    own = gallery_scores.scores.gather(1, target[:, None])
+    return (gallery_scores.scores == own).sum(1) - 1
+
+def pessimistic(dataset: CIRDataset, gallery_scores: GalleryScores) -> GalleryScores:
+    "The same order with every tie broken against target and right answers: small whole numbers (Q,N)."
+    order = torch.stack([row.unique(return_inverse=True)[1] for row in gallery_scores.scores])
+    scores = 2.0 * order
+    for row, triplet in enumerate(dataset.triplets[i] for i in gallery_scores.rows):
+        right = [name for name in {triplet.target, *triplet.positives} if name in gallery_scores.position]
+        scores[row, gallery_scores.positions(right)] -= 1
+    return GalleryScores(gallery_scores.rows, gallery_scores.gallery, scores)
+
+# %% ../../nbs/evaluator/02_scoring.ipynb #ec0337dd
+def told_apart(
+    dataset: CIRDataset, scored: list[GalleryScores], ties: Tensor
+) -> list[GalleryScores]:
+    """The scores to judge by: as they are, or `pessimistic` with a warning where `ties` (Q,) of the targets
+    are the rule."""
+    if ties.mean() <= 1: return scored
+    warnings.warn(f"the scores do not tell images apart: {ties.mean():.0f} images tie with the target of a "
+                  "query on average; every tie is counted against the target. The embeddings have collapsed")
+    return [pessimistic(dataset, gallery_scores) for gallery_scores in scored]
 
 # %% ../../nbs/evaluator/02_scoring.ipynb #c1e25595
 def evaluate_scores(
     dataset: CIRDataset, scored: list[GalleryScores], protocol: Protocol | None = None, keep: int = 50
 ) -> Evaluation:
-    "All figures of a data set, its protocol applied, from its score matrices, however they were computed."
+    """All figures of a data set, its protocol applied, from its score matrices, however they were computed.
+    Scores that are not finite raise `ValueError`; those that do not tell images apart count against."""
     protocol = protocol or PROTOCOLS[dataset.name]
     exclude, measures, top = protocol.exclude_reference, {}, [[] for _ in dataset.triplets]
-    for gallery_scores in scored:
-        for name, values in query_measures(dataset, gallery_scores, exclude).items():
+    for gallery_scores in scored: check_scores(dataset, gallery_scores)
+    ties = torch.cat([tied(dataset, gallery_scores) for gallery_scores in scored]).float()
+    judged = told_apart(dataset, scored, ties)
+    for gallery_scores, judge in zip(scored, judged):
+        for name, values in query_measures(dataset, judge, exclude).items():
             empty = torch.zeros(len(dataset.triplets), dtype=values.dtype)
             measures.setdefault(name, empty)[gallery_scores.rows] = values
         best = best_images(dataset, gallery_scores, keep, exclude)
         for row, names in zip(gallery_scores.rows, best): top[row] = names
     rules = protocol.sentence(len(dataset.gallery))
-    return Evaluation(rules, breakdown(dataset, measures), measures, top, dataset)
+    shared = 100 * (ties > 0).float().mean().item()
+    return Evaluation(rules, breakdown(dataset, measures), measures, top, dataset, shared)
 
 # %% ../../nbs/evaluator/02_scoring.ipynb #9db0c6a5
 def breakdown(dataset: CIRDataset, measures: dict[str, Tensor]) -> dict[str, float]:

@@ -7,7 +7,7 @@ __all__ = ['READING_OPTIONS', 'VOCABULARIES', 'GATES_FROM', 'ReadingOptions', 'c
            'ReadsAttributes']
 
 # %% ../../nbs/methods/06_readings.ipynb #f5792609
-import json, warnings
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..attributes import LEXICON, aligned_target
 from ..core import generator
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS
-from ..files import write_json
+from ..files import DataError, read_json, write_json
 from ..losses import info_nce
 from .base import Batch, check_range
 from ..readings import AttributeReadings, mean_vector
@@ -164,7 +164,11 @@ def restore(self: ReadsAttributes, folder: Path) -> None:
     "Take up the vocabulary that a run's folder holds, if it holds one."
     path = Path(folder) / "vocabulary.json"
     if not path.exists(): return
-    vocabulary = Vocabulary.from_record(json.loads(path.read_text()))
+    remedy = "restore it, or train again in another run_dir"
+    try:
+        vocabulary = Vocabulary.from_record(read_json(path, remedy, dict))
+    except (KeyError, TypeError, AttributeError) as problem:
+        raise DataError(f"{path} is no record of a vocabulary ({problem!r}): {remedy}") from None
     if vocabulary.sizes: self.read_with(vocabulary)
 
 # %% ../../nbs/methods/06_readings.ipynb #6ba2bb0c

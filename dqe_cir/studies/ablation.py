@@ -8,17 +8,17 @@ __all__ = ['TERMS', 'NO_TERMS', 'TUNED', 'DQE', 'OURS', 'PLAIN', 'PAPER', 'SOURC
            'MEASURES', 'read_change', 'condition_of', 'warm_up_key', 'share_above', 'suppression', 'named_values',
            'excluding_pairs', 'confusion', 'in_batch_false_negatives', 'Job', 'unread', 'passed_on', 'study_jobs',
            'load_sets', 'peak_memory', 'epochs_done', 'costs', 'walk', 'warm_up', 'start_from', 'package_commit',
-           'same_run', 'take_over', 'run_job', 'parameters', 'extra_measures', 'check_finished', 'run_study',
-           'in_processes', 'kind_of', 'search_table', 'best_rates', 'StudyConfig', 'recorded_conditions', 'at_home',
-           'check_record', 'check_study', 'as_texts', 'study_config', 'small_study', 'interval', 'values_of',
-           'shared_seeds', 'paired', 'mean_and_spread', 'summary_table', 'difference_table', 'outcome', 'finding',
-           'findings', 'query_values', 'over_queries', 'queries_table', 'kept_of', 'study_record', 'read_study',
-           'source_line', 'study_report', 'seed_spread', 'compare_run', 'against_table', 'against_report',
-           'check_against', 'telling_rows', 'side_by_side', 'draw_sheet', 'means_report', 'differences_report',
-           'sheet_of']
+           'same_run', 'take_over', 'run_job', 'parameters', 'extra_measures', 'check_finished', 'check_made_from',
+           'made_now', 'fingerprints', 'run_study', 'in_processes', 'kind_of', 'search_table', 'best_rates',
+           'StudyConfig', 'recorded_conditions', 'at_home', 'read_record', 'check_record', 'check_study', 'as_texts',
+           'study_config', 'small_study', 'interval', 'values_of', 'shared_seeds', 'paired', 'mean_and_spread',
+           'summary_table', 'difference_table', 'outcome', 'finding', 'findings', 'query_values', 'over_queries',
+           'queries_table', 'kept_of', 'study_record', 'read_study', 'source_line', 'study_report', 'seed_spread',
+           'compare_run', 'against_table', 'against_report', 'check_against', 'telling_rows', 'side_by_side',
+           'draw_sheet', 'means_report', 'differences_report', 'sheet_of']
 
 # %% ../../nbs/studies/01_ablation.ipynb #c96b4c61
-import dataclasses, functools, hashlib, json, math, multiprocessing, re, shutil, statistics, subprocess
+import dataclasses, functools, hashlib, json, math, multiprocessing, re, shutil, statistics
 import tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -27,16 +27,16 @@ import torch
 from fastcore.basics import patch
 from IPython.display import Markdown
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import checked, checkout, environment, generator
+from ..core import checked, checkout, environment, generator, git
 from ..data.base import CIRDataset
 from ..data.datasets import load_dataset
 from ..encoder.tokens import cache_tokens
 from ..evaluator.scoring import SHAPE, encode_gallery, encode_queries, evaluate, gallery_rows
-from ..files import append_jsonl, read_jsonl, replacing, write_json
+from ..files import DataError, append_jsonl, read_json, read_jsonl, read_tensors, replacing
+from ..files import write_json, write_tensors
 from ..methods.zoo import METHODS
 from ..methods.base import Method
 from ..show.figures import text_table
@@ -44,7 +44,8 @@ from ..show.sheets import contact_sheet
 from ..trainer.batches import epoch_batches, training_set
 from ..trainer.config import TrainConfig, form_of, options_of, sometimes_read, train_config
 from ..trainer.loop import fit
-from ..trainer.runs import Run, build_method, load_run
+from ..trainer.runs import Run, build_method, data_fingerprint, differing, identity, load_run
+from ..trainer.runs import made_from
 
 # %% ../../nbs/studies/01_ablation.ipynb #c0ae37e0
 TERMS = dict(preference_weight=1.0, ranking_weight=0.5, attribute_weight=0.25)  # of the pairs
@@ -243,8 +244,8 @@ class Job:
     @property
     def record(self) -> dict | None:
         "What the finished run wrote; None before."
-        path = self.folder / "results.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        path, remedy = self.folder / "results.json", "delete that folder, and its run is made again"
+        return read_json(path, remedy, dict) if path.exists() else None
 
 # %% ../../nbs/studies/01_ablation.ipynb #cb47186e
 def unread(config: TrainConfig) -> set[str]:
@@ -326,19 +327,18 @@ def warm_up(job: Job) -> None:
     write_json(done, {"suppressed": suppression(method, data.dataset, tokens)})
 
 # %% ../../nbs/studies/01_ablation.ipynb #472cf7f5
-def start_from(shared: Path, folder: Path) -> None:
-    "Copy the checkpoint and the events of a shared warm-up into a fresh run folder."
+def start_from(shared: Path, folder: Path, config: TrainConfig) -> None:
+    "Copy the checkpoint and the events of a shared warm-up into the fresh run folder of a configuration."
     if (folder / "config.json").exists(): return
-    for name in ("resume.safetensors", "metrics.jsonl", "cpu.jsonl"):
+    for name in ("metrics.jsonl", "cpu.jsonl"):
         with replacing(folder / name) as beside: shutil.copyfile(shared / name, beside)
+    tensors, about = read_tensors(shared / "resume.safetensors", "delete that folder, and it is made again")
+    write_tensors(folder / "resume.safetensors", tensors, about | identity(config))
 
 # %% ../../nbs/studies/01_ablation.ipynb #5ab1c0d6
 def package_commit() -> str | None:
     "The commit of the checkout, `+edited` where the package differs from it; None without a checkout."
-    home = checkout()
-    def git(*words):
-        return subprocess.run(["git", "-C", str(home), *words], capture_output=True, text=True).stdout.strip()
-    commit = git("rev-parse", "--short=12", "HEAD") if home else ""
+    commit = git("rev-parse", "--short=12", "HEAD")
     if not commit: return None
     edited = git("status", "--porcelain", "--untracked-files=no", "--", "dqe_cir")
     return f"{commit}+edited" if edited else commit
@@ -351,7 +351,7 @@ def same_run(job: Job, commit: str | None) -> Path | None:
     """The folder of a finished run of the study with the same parameters, seed and commit under another
     name; None without one."""
     for path in sorted(Path(job.study).glob(f"*-seed{job.config.seed}/results.json")):
-        found = json.loads(path.read_text())
+        found = read_json(path, "delete that folder, and its run is made again", dict)
         same = found["parameters"] == parameters(job.config) and found["environment"]["commit"] == commit
         if same and found["condition"] != job.condition: return path.parent
     return None
@@ -360,7 +360,7 @@ def same_run(job: Job, commit: str | None) -> Path | None:
 def take_over(job: Job, folder: Path) -> dict:
     "Copy a finished run into the folder of a job and give it the job's name; returns its record."
     shutil.copytree(folder, job.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("results.json"))
-    record = json.loads((folder / "results.json").read_text()) | {"condition": job.condition}
+    record = read_json(folder / "results.json", kind=dict) | {"condition": job.condition}
     write_json(job.folder / "results.json", record)
     return record
 
@@ -370,11 +370,11 @@ def run_job(job: Job, commit: str | None = None) -> dict:
     if job.record: return job.record
     twin = same_run(job, commit)
     if twin: return take_over(job, twin)
-    if job.shared: start_from(job.shared, job.folder)
+    if job.shared: start_from(job.shared, job.folder, job.config)
     method, data, test_set, tokens, run = walk(job, job.folder)
     found = evaluate(method, test_set, tokens)
     metrics = found.metrics | extra_measures(job, method, data, test_set, tokens, run)
-    with replacing(job.folder / QUERIES) as beside: save_file(found.measures, beside)
+    write_tensors(job.folder / QUERIES, found.measures)
     seconds = sum(line["seconds"] for line in read_jsonl(job.folder / "cpu.jsonl"))
     record = dict(condition=job.condition, seed=job.config.seed, parameters=parameters(job.config),
                   data=test_set.data, split=test_set.split, metrics=metrics, cpu_seconds=round(seconds),
@@ -399,7 +399,7 @@ def extra_measures(
     used = [event["false_negatives"] for event in epochs if event["false_negatives"] is not None]
     if used: wrong = statistics.mean(used)
     else: wrong = in_batch_false_negatives(job.config, data.dataset, data.groups)
-    before = json.loads((job.shared / "warm-up.json").read_text())["suppressed"] if job.shared else None
+    before = read_json(job.shared / "warm-up.json", kind=dict)["suppressed"] if job.shared else None
     return {"false negatives": wrong,
             "suppressed after warm-up": before,
             "suppressed": suppression(method, data.dataset, tokens),
@@ -412,13 +412,35 @@ def check_finished(job: Job) -> None:
     for name, value in now.items():
         if name in was and was[name] != value:
             raise ValueError(f"{job.folder} holds a run with {name}={was[name]}, and {name}={value} was "
-                             "asked "
-                             "for: give another study, or delete that folder")
+                             "asked for: give another study, or delete that folder")
+
+def check_made_from(jobs: list[Job]) -> None:
+    "`ValueError` where a finished run of a study was made from other data, or on another encoder, than now."
+    for job in jobs:
+        was = made_from(job.folder) if job.record else {}
+        differs = differing(was, made_now(job.config)) if was else ""
+        if differs:
+            raise ValueError(f"{job.folder} was made from something else; what differs: {differs}. "
+                             "Give another study, or delete that folder")
+
+def made_now(config: TrainConfig) -> dict[str, str]:
+    "The fingerprints that a run with this configuration would have now."
+    return fingerprints(config.dataset, config.data_root, config.size, config.annotators, config.encoder,
+                        config.method, config.form)
+
+@functools.lru_cache
+def fingerprints(dataset: str, root: str, size: str, annotators: str, encoder: str, method: str, form: str):
+    "The same by the parameters that decide it, each computed once in a process."
+    config = train_config(dict(dataset=dataset, data_root=root, size=size, annotators=annotators,
+                               encoder=encoder, method=method, form=form))
+    data = training_set(config, load_sets(config)[0], None)
+    return data_fingerprint(data.dataset) | {"encoder": build_method(config).stands_on}
 
 # %% ../../nbs/studies/01_ablation.ipynb #69ac772a
 def run_study(jobs: list[Job], workers: int = 0) -> list[dict]:
     "The records of all jobs, computed by `workers` processes (0: one per core, 1: in this process)."
     for job in jobs: check_finished(job)
+    check_made_from(jobs)
     workers = workers or multiprocessing.cpu_count()
     shared = list({job.shared: job for job in jobs if job.shared and not job.record}.values())
     records, run = {}, functools.partial(run_job, commit=package_commit())
@@ -515,7 +537,7 @@ def named(self: StudyConfig) -> dict[str, dict]:
 def recorded_conditions(against: str) -> set[str]:
     "Names of the conditions of a record; without one all that there are."
     if not against or not at_home(against).exists(): return set(CONDITIONS)
-    return set(json.loads(at_home(against).read_text())["conditions"])
+    return set(read_record(at_home(against))["conditions"])
 
 # %% ../../nbs/studies/01_ablation.ipynb #b2d2071b
 @patch(as_prop=True)
@@ -523,7 +545,7 @@ def rated(self: StudyConfig) -> dict[str, dict]:
     "The conditions with the rate of their kind; as they are where the preset's rate is asked for."
     if self.rates == "preset" or self.lr is not None: return self.named
     path, found = self.rates_path, {}
-    if path.exists(): found = best_rates(json.loads(path.read_text()))
+    if path.exists(): found = best_rates(read_record(path))
     rated = {}
     for name, changes in self.named.items():
         kind = kind_of(train_config(changes))
@@ -553,6 +575,13 @@ def record_path(self: StudyConfig) -> Path:
 def rates_path(self: StudyConfig) -> Path:
     "The file of the rates that a search found."
     return at_home(self.rates) if self.rates else self.folder / "learning_rates.json"
+
+# %% ../../nbs/studies/01_ablation.ipynb #6b22f9e1
+def read_record(path: Path) -> dict:
+    "The record of a study; `DataError` for a file that is cut, or none."
+    record = read_json(path, "restore it, or make it again with its command", dict)
+    if isinstance(record.get("runs"), list) and isinstance(record.get("conditions"), dict): return record
+    raise DataError(f"{path} is no record of a study: it has no runs or no conditions")
 
 # %% ../../nbs/studies/01_ablation.ipynb #f79c1352
 @patch(as_prop=True)
@@ -698,7 +727,7 @@ def query_values(
 ) -> Tensor:
     "(S,Q) float32 in percent: a measure of each seed of a condition on each query; S is 0 without runs."
     paths = [Path(folder) / f"{condition}-seed{seed}" / QUERIES for seed in seeds]
-    found = [load_file(path).get(measure) for path in paths if path.exists()]
+    found = [read_tensors(path)[0].get(measure) for path in paths if path.exists()]
     known = [100 * values.float() for values in found if values is not None]
     return torch.stack(known) if len(known) == len(seeds) else torch.empty(0, 0)
 
@@ -756,7 +785,7 @@ def study_record(
 def read_study(name: str) -> dict | None:
     "The record `data/results/NAME.json` of the checkout; None if there is none."
     path = at_home("data") / "results" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_record(path) if path.exists() else None
 
 def source_line(study: dict) -> str:
     "Where a study's figures come from, in one line of Markdown."
@@ -824,14 +853,14 @@ def against_table(ours: dict, study: dict) -> tuple[dict[str, dict[str, str]], s
 def against_report(config: StudyConfig, ours: dict) -> Markdown:
     "The verdict on a repeated study, row by row; a word where nothing was to be compared."
     if not config.against: return Markdown("Compared with no record (`-p against data/results/NAME.json`).")
-    rows, words = against_table(ours, json.loads(at_home(config.against).read_text()))
+    rows, words = against_table(ours, read_record(at_home(config.against)))
     return text_table(rows, ["record", "here", "difference", "verdict"], words)
 
 # %% ../../nbs/studies/01_ablation.ipynb #a5d9b711
 def check_against(config: StudyConfig, ours: dict) -> None:
     "`ValueError` that names the rows in which a repeated study differs from the record."
     if not config.against: return
-    rows, words = against_table(ours, json.loads(at_home(config.against).read_text()))
+    rows, words = against_table(ours, read_record(at_home(config.against)))
     wrong = [name for name, row in rows.items() if "differs" in row["verdict"]]
     if wrong: raise ValueError(f"{len(wrong)} of {len(rows)} rows differ from {config.against}: "
                                f"{'; '.join(wrong)}. {words}")

@@ -24,7 +24,8 @@ from ..methods.zoo import METHODS
 from ..show.figures import interval_figure, point_figure, text_table
 from .ablation import Job, OURS, PAPER, StudyConfig, as_texts, best_rates, check_record
 from .ablation import check_study, outcome, package_commit, paired, passed_on, run_study
-from .ablation import search_table, shared_seeds, study_jobs, summary_table, values_of
+from .ablation import read_record, search_table, shared_seeds, study_jobs
+from .ablation import summary_table, values_of
 from ..trainer.config import TrainConfig, train_config
 
 # %% ../../nbs/studies/02_leaderboard.ipynb #6b2c0e01
@@ -190,7 +191,7 @@ def chosen_rates(config: LeaderboardConfig) -> dict[str, float]:
     rows = rows_of(config)
     if config.rates == "preset": return {row: config_of(config, changes).lr for row, changes in rows.items()}
     path = config.rates_path
-    found = best_rates(json.loads(path.read_text())) if path.exists() else {}
+    found = best_rates(read_record(path)) if path.exists() else {}
     missing = ", ".join(row for row in rows if row not in found)
     if missing:
         advice = "run -p stage search first, or give -p rates preset"

@@ -16,7 +16,7 @@ from pathlib import Path
 from IPython.display import Markdown
 
 from ..data.datasets import SPECS
-from ..files import DataError
+from ..files import DataError, read_json
 from ..methods.zoo import METHODS
 from ..show.figures import text_table
 from .ablation import at_home, summary_table
@@ -95,10 +95,7 @@ def read_runs(folder: Path | str | None = None) -> tuple[list[dict], dict[str, s
     reason."""
     folder, runs, left_out = Path(folder or committed("results")), [], {}
     for path in sorted(folder.glob("*.json")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as problem:
-            raise DataError(f"{path} is not valid JSON ({problem}): restore it or delete it") from None
+        record = read_json(path, "restore it or delete it")
         found, reason = runs_of(record if isinstance(record, dict) else {}, path.name)
         runs += found
         if reason: left_out[path.name] = reason
@@ -235,7 +232,7 @@ def needs(
 ) -> dict[str, float]:
     """Estimated GPU `hours`, GPU `GiB` and `GB` of cached tokens: of a training run and its evaluation, or
     without `config` of an evaluation alone."""
-    size = json.loads(committed("results", "full-size.json").read_text())["towers"][tower]
+    size = read_json(committed("results", "full-size.json"))["towers"][tower]
     pictures, (frozen, _, alone) = SPECS[dataset].images, GIGA_OPERATIONS[tower]
     work, gallery, trained, activations = pictures * (frozen + alone), pictures, 4, 0.0
     if config is not None:

@@ -190,13 +190,14 @@ def batch(self: TrainingSet, rows: list[int], method: Method, generator: torch.G
 
 # %% ../../nbs/trainer/03_batches.ipynb #6e65a596
 def other_targets(data: TrainingSet, rows: list[int]) -> list[str]:
-    """For each row the target of the next row of the batch that has another answer; its own where there
-    is none."""
-    group, borrowed = data.groups[rows].tolist(), []
+    """For each row the target of the next row of the batch that has another answer; where the batch has
+    none, of the next such row of the whole set."""
+    group, borrowed = data.groups.tolist(), []
     for i, row in enumerate(rows):
-        following = [(i + k) % len(rows) for k in range(1, len(rows))]
-        others = [rows[j] for j in following if group[j] != group[i]]
-        borrowed.append(data.triplets[others[0] if others else row].target)
+        following = [*rows[i + 1:], *rows[:i], *range(row + 1, len(group)), *range(row)]
+        other = next((j for j in following if group[j] != group[row]), None)
+        if other is None: raise ValueError("all training triplets have one answer: nothing can be told apart")
+        borrowed.append(data.triplets[other].target)
     return borrowed
 
 # %% ../../nbs/trainer/03_batches.ipynb #4e0ca62c

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['learning_rate_factor', 'stage_factor', 'checkpoint_layers', 'autocast_dtype', 'quick_products', 'product_error',
-           'Stepper', 'mean_terms', 'training_step']
+           'Stepper', 'mean_terms', 'clipped_together', 'odd_gradient', 'training_step']
 
 # %% ../../nbs/trainer/04_step.ipynb #b78664d3
 import contextlib, math
@@ -92,10 +92,23 @@ def mean_terms(method: Method, batch, stepper: Stepper) -> tuple[torch.Tensor, d
         terms = {name: value.float().mean() for name, value in values.items()}
         return sum(method.weights.get(name, 1.0) * value for name, value in terms.items()), terms
 
+# %% ../../nbs/trainer/04_step.ipynb #8a77d367
+def clipped_together(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
+    "The parameters whose gradients are clipped by one norm: all, and those of groups that are apart."
+    together = {"all": [], "apart": []}
+    for group in optimizer.param_groups: together[group["clip"]] += group["params"]
+    return list(together.values())
+
+def odd_gradient(method: nn.Module) -> str:
+    "The name of a parameter whose gradient is not finite; after clipping that may be all of them."
+    named = ((name, parameter.grad) for name, parameter in method.named_parameters())
+    return next((name for name, grad in named if grad is not None and not grad.isfinite().all()), "the loss")
+
 # %% ../../nbs/trainer/04_step.ipynb #9174155b
 def training_step(method: Method, batches, stepper: Stepper) -> dict[str, float]:
     """One optimizer step over pairs of a batch and its share of the step's queries. Returns every loss term
-    and their weighted `total` as plain numbers; `FloatingPointError` for a loss that is not finite."""
+    and their weighted `total` as plain numbers; `FloatingPointError` for a loss or gradient that is not
+    finite: then no weight was moved."""
     optimizer, scaler, sums = stepper.optimizer, stepper.scaler, {}
     optimizer.zero_grad(set_to_none=True)
     for batch, share in batches:
@@ -107,9 +120,9 @@ def training_step(method: Method, batches, stepper: Stepper) -> dict[str, float]
         scaler.scale(total * share).backward()
         for name, value in zip(("total", *terms), values): sums[name] = sums.get(name, 0.0) + share * value
     scaler.unscale_(optimizer)
-    for clip in ("all", "apart"):
-        together = [p for group in optimizer.param_groups if group["clip"] == clip for p in group["params"]]
-        nn.utils.clip_grad_norm_(together, 1.0)
+    norms = [nn.utils.clip_grad_norm_(together, 1.0) for together in clipped_together(optimizer)]
+    if not scaler.is_enabled() and not torch.stack(norms).isfinite().all():
+        raise FloatingPointError(f"the gradient of {odd_gradient(method)} is not finite: lower lr")
     scaler.step(optimizer)
     scaler.update()
     return sums

@@ -29,6 +29,7 @@ def verdict(case: Case, folder: Path) -> str:
         act()
     except (ValueError, FloatingPointError) as problem:
         return "foreign: " + str(problem)[:200] if case.expected == "accept" else judged(case, problem)
+    except MemoryError: raise
     except Exception as problem:
         last = traceback.extract_tb(problem.__traceback__)[-1]
         return f"foreign: {type(problem).__name__}: {str(problem)[:160]} ({Path(last.filename).name}:{last.lineno})"
