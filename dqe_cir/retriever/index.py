@@ -325,6 +325,7 @@ def made_before(path: Path, model: str) -> tuple[dict[bytes, Tensor], int]:
     try:
         about = parse_json(head.decode())
         shape, fits = tuple(about["shape"]), about["model"] == model
+        if len(shape) != 2 or min(shape) < 1: return {}, 0
         size = 16 + 2 * shape[0] * shape[1] + 4
     except (ValueError, KeyError, TypeError, IndexError): return {}, 0
     if not fits: return {}, 0

@@ -167,30 +167,29 @@ def ask(self: Retriever, reference, text: str) -> ComposedQuery | ReadQuery:
 
 # %% ../../nbs/retriever/05_search.ipynb #8ffa5c25
 @patch
-def at_place(self: Retriever, file: Path) -> set[str]:
-    "The ids under which the index holds a file, whatever leads to it."
-    if isinstance(self.files, DrawnOnDemand):
-        found = file.stem in self.files and os.path.samefile(self.files[file.stem], file)
-        return {file.stem} if found else set()
-    spelled = {os.path.abspath(file), os.path.realpath(file)}
-    found = {name for name, path in self.files.items() if os.path.abspath(path) in spelled}
-    key = content_key(file)
-    alike = [name for name, known in zip(self.ids, self.keys) if known == key and name not in found]
-    return found | {name for name in alike if os.path.exists(self.files[name])
-                    and os.path.samefile(self.files[name], file)}
+def same_file(self: Retriever, file: Path, key: str) -> set[str]:
+    "The ids of one content under which the index holds the very file, whatever leads to it."
+    alike = [name for name, known in zip(self.ids, self.keys) if known == key]
+    there = [name for name in alike if os.path.exists(self.files[name])]
+    return {name for name in there if os.path.samefile(self.files[name], file)}
 
 @patch
 def itself(self: Retriever, reference, content: str | None = None) -> tuple[set[str], str | None]:
     """The ids that are the reference, by place or else by content; and, where none is, its content key if it
     is known. `content` is that of a picture whose file is not at hand."""
-    if isinstance(reference, str) and reference in self.files and isinstance(self.files, DrawnOnDemand):
-        return {reference}, None
-    file = self.file_of(reference)
-    found = {reference} if isinstance(reference, str) and reference in self.files else set()
-    if file is not None and file.is_file():
-        found |= self.at_place(file)
-        content = content or content_key(file)
-    if not found: found = {name for name, key in zip(self.ids, self.keys) if key == content}
+    drawn, file = isinstance(self.files, DrawnOnDemand), self.file_of(reference)
+    if isinstance(reference, str) and reference in self.files:
+        key = self.keys[self.ids.index(reference)]
+        return {reference} | (set() if drawn or not file else self.same_file(file, key)), None
+    if file is not None and drawn:
+        if file.stem in self.files and os.path.samefile(self.files[file.stem], file): return {file.stem}, None
+    if file is not None:
+        content = content_key(file)
+        spelled = {os.path.abspath(file), os.path.realpath(file)}
+        found = set() if drawn else {name for name, path in self.files.items() if os.path.abspath(path) in spelled}
+        found |= self.same_file(file, content)
+        if found: return found, None
+    found = {name for name, key in zip(self.ids, self.keys) if key == content}
     return found, None if found else content
 
 # %% ../../nbs/retriever/05_search.ipynb #3aafdc55
