@@ -22,6 +22,6 @@ setup(
     packages=find_packages(include=["dqe_cir", "dqe_cir.*"]),
     package_data={"dqe_cir": ["assets/**"]},
     install_requires=shlex.split(settings["requirements"]),
-    extras_require={"dev": shlex.split(settings["dev_requirements"])},
+    extras_require={name: shlex.split(settings[f"{name}_requirements"]) for name in ("dev", "heic")},
     entry_points={"nbdev": ["dqe_cir=dqe_cir._modidx:d"]},
 )

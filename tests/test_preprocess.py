@@ -180,3 +180,46 @@ def test_joining_is_stripping_capitalising_and_a_conjunction(first, second):
 def test_cleaning_twice_changes_nothing_more(text):
     once = clean_caption(text)
     assert clean_caption(once) == once and not set(once) & set('.!"()*#:;~')
+
+
+# ---- what stands beside a picture, and what it is counted in
+
+def test_a_picture_is_turned_once_and_keeps_no_note():
+    "Reading it a second time must not turn it a second time, whatever says how: camera notes or XMP."
+    lying = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 14, 3), dtype=np.uint8))
+    for note in ({"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"}, {"xmp": b'<x tiff:Orientation="6"/>'}):
+        picture = lying.copy()
+        picture.info |= note
+        upright = as_rgb(picture)
+        assert upright.info == {} and upright.tobytes() == lying.transpose(Image.Transpose.ROTATE_270).tobytes() == as_rgb(upright).tobytes()
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+def test_numbers_of_any_range_keep_their_order(low, span):
+    "A grey picture of floating point numbers has its darkest and its brightest place where the numbers say, and they differ."
+    values = np.linspace(low, low + span, 64, dtype=np.float32).reshape(8, 8)
+    if np.unique(values).size < 64: return  # too fine a step for these numbers
+    grey = np.asarray(as_rgb(Image.fromarray(values)))[..., 0].astype(int).flatten()
+    assert (np.diff(grey) >= 0).all() and grey[-1] - grey[0] > 60
+
+
+@given(st.integers(0, 4095), st.integers(1, 4095))
+def test_sixteen_bits_are_divided_by_257(first, step):
+    values = np.array([[first, min(first + step, 65535)]], dtype=np.uint16)
+    assert np.array_equal(np.asarray(as_rgb(Image.fromarray(values)))[..., 0], values // 257)
+
+
+@pytest.mark.parametrize("size", [(40_000, 8), (8, 40_000), (300_000, 1)])
+def test_a_strip_needs_no_memory_of_a_square(size):
+    from dqe_cir.data.pictures import LARGE, padded, within
+    picture = within(Image.new("RGB", size, "white"), 1.25)
+    assert math.prod(padded(picture, 1.25).size) <= 1.01 * LARGE
+    assert target_pad(Image.new("RGB", size, "white"), size=SIZE).isfinite().all()
+
+
+def test_ordinary_pictures_are_left_as_they_are():
+    "What cameras and benchmarks make goes to the encoder bit by bit as before: 12 million pixels, and strips of an ordinary length."
+    from dqe_cir.data.pictures import divided_by, within
+    for size in ((4032, 3024), (3024, 4032), (5000, 4000), (6000, 500), (640, 480), (2, 3000)):
+        picture = Image.new("L", size)
+        assert within(picture, 1.25) is picture and divided_by(size) == 1

@@ -1,22 +1,29 @@
 "The retriever and the page's session: files of every kind, a gate that is the formula, an index that is the pictures, and a way back."
 import hashlib
+import io
+import json
+import math
 import os
 import shutil
+import sys
+import types
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from dqe_cir.core import DataError
 from dqe_cir.data import Triplet
 from dqe_cir.encoder import cache_tokens, load_encoder
 from dqe_cir.evaluator.scoring import encode_gallery, encode_queries
+from dqe_cir.files import owned
 from dqe_cir.methods.info_nce import InfoNCE
 from dqe_cir.retriever import Retriever
 from dqe_cir.retriever.attention import not_worth_showing
 from dqe_cir.retriever.drawn import garments_at_once
-from dqe_cir.retriever.index import compared, picture_files
+from dqe_cir.retriever.index import compared, digest_of, picture_files, stored_index
 from dqe_cir.retriever.page import MOST
 from dqe_cir.retriever.search import ReadQuery, gate_by_hand, gate_shares, gated
 from dqe_cir.retriever import SHIPPED, SearchPage, Session
@@ -317,3 +324,118 @@ def test_the_shipped_index_fits_and_is_what_would_be_made():
     names = shipped.ids[::150]
     kept = torch.stack([shipped.embeddings[shipped.ids.index(name)] for name in names])
     assert_close(shipped.encode_pictures([Image.open(shipped.files[name]) for name in names]), kept, rtol=0, atol=2e-3)
+
+
+# ---- nothing lost, nothing served that is not what it says
+
+@pytest.fixture
+def bare(retriever): return Retriever(retriever.method, retriever.config)
+
+
+def test_a_killed_index_goes_on(folder, tmp_path, bare, monkeypatch):
+    "Killed after its first pictures: no index was written, and their embeddings are there."
+    def killed(*_): raise SystemExit
+    monkeypatch.setattr(Retriever, "write_index", killed)
+    encoded = []
+    with pytest.raises(SystemExit): bare.index(folder, tmp_path / "store")
+    monkeypatch.undo()
+    again = Retriever(bare.method, bare.config)
+    assert not again.read_index(tmp_path / "store")
+    again.index(folder, tmp_path / "store", lambda done, total: encoded.append(total))
+    assert encoded == [] and torch.equal(again.embeddings, bare.embeddings) and again.ids == bare.ids
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["index.json", "index.safetensors"]
+
+
+def test_a_store_that_needs_no_writing_is_only_read(folder, tmp_path, bare):
+    bare.index(folder, tmp_path / "store")
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
+    Retriever(bare.method, bare.config).index(folder, tmp_path / "store")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()} == written
+
+
+def test_one_bit_or_an_exchanged_id_is_noticed(folder, tmp_path, bare):
+    store = tmp_path / "store"
+    bare.index(folder, store)
+    whole = (store / "index.safetensors").read_bytes()
+    for place in (-1, -len(whole) // 4):
+        (store / "index.safetensors").write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place:][1:])
+        with pytest.raises(DataError, match=r"index\.json and index\.safetensors do not fit together"): stored_index(store)
+    (store / "index.safetensors").write_bytes(whole)
+    about = json.loads((store / "index.json").read_text())
+    for change in ({"ids": about["ids"][::-1]}, {"files": about["files"][::-1]}, {"files": ["/etc/passwd", *about["files"][1:]]}, {"root": "/"}):
+        (store / "index.json").write_text(json.dumps(about | change))
+        assert not bare.read_index(store)
+    fresh, encoded = Retriever(bare.method, bare.config), []
+    fresh.index(folder, store, lambda done, total: encoded.append(total))
+    assert encoded == [] and torch.equal(fresh.embeddings, bare.embeddings), "the embeddings were whole"
+
+
+def test_an_index_of_the_last_version_is_read(folder, tmp_path, bare):
+    "Without hashes: its form is looked at, and a file outside its folder is not served."
+    bare.index(folder, tmp_path)
+    about = json.loads((tmp_path / "index.json").read_text())
+    del about["vectors"]
+    (tmp_path / "index.json").write_text(json.dumps(about))
+    save_file({"embeddings": bare.embeddings.half()}, tmp_path / "index.safetensors", {"keys": digest_of(bare.keys)})
+    again = Retriever(bare.method, bare.config)
+    assert again.read_index(tmp_path) and again.ids == bare.ids
+    for odd in ({"files": ["../../etc/passwd", *about["files"][1:]]}, {"ids": [about["ids"][0]] * 6}, {"ids": about["ids"][:-1]}):
+        (tmp_path / "index.json").write_text(json.dumps(about | odd))
+        assert not again.read_index(tmp_path)
+
+
+def test_an_unplugged_disk_takes_no_index_with_it(folder, tmp_path, bare):
+    bare.index(folder, tmp_path / "store")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    for _ in range(2):
+        with pytest.raises(DataError, match="holds no readable picture, and its index knows 6"): bare.index(folder, tmp_path / "store")
+    assert Retriever(bare.method, bare.config).read_index(tmp_path / "store") and len(bare) == 6
+
+
+def test_a_reference_is_left_out_however_it_is_spelled(folder, tmp_path, bare, monkeypatch):
+    bare.index(folder)
+    monkeypatch.chdir(folder)
+    (tmp_path / "link").symlink_to(folder)
+    shutil.copy(folder / "2.png", tmp_path / "mine.png")
+    for reference in ("2.png", folder / "2.png", str(folder / "2.png"), "./2.png", tmp_path / "link" / "2.png", tmp_path / "mine.png", Image.open("2.png")):
+        assert {result.id for result in bare.search(reference, "is red")} == set(bare.ids) - {"2.png"}
+    session = Session(bare)
+    session.upload("another name.png", (tmp_path / "mine.png").read_bytes())
+    assert "2.png" not in {result.id for result in session.search("is red").results}
+
+
+def test_an_upload_of_a_drawn_picture_is_not_its_own_answer(gallery, retriever):
+    "Whose keys are names: here the bytes of what was found are looked at."
+    retriever.index(gallery)
+    session, name = Session(retriever, gallery, k=179), gallery.gallery[5]
+    session.upload("mine.png", gallery.files[name].read_bytes())
+    found = [result.id for result in session.search("is red").results]
+    assert len(found) == 179 and name not in found
+
+
+def test_what_a_session_keeps_of_uploads_is_bounded(bare, folder):
+    bare.index(folder)
+    session, packed = Session(bare), io.BytesIO()
+    Image.effect_noise((2600, 2000), 30).save(packed, "JPEG")
+    for i in range(40): session.upload(f"{i % 5}.jpg", packed.getvalue() + bytes([i]))
+    kept = sum(math.prod(picture.size) for picture in session.uploads.values())
+    assert len(session.uploads) == 32 and kept <= 32 * 2**21 and len(session.shown) == 40, "each of its own name"
+
+
+def test_two_cannot_write_into_one_store(folder, tmp_path, bare):
+    with owned(tmp_path / "store"), pytest.raises(DataError, match="is being written to by"): bare.index(folder, tmp_path / "store")
+
+
+def test_a_reader_of_heic_is_used_where_it_is_installed(folder, bare, monkeypatch):
+    "Stood in for by one that reads every such file as a red square."
+    (folder / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    bare.index(folder)
+    assert "pip install pillow-heif" in bare.unreadable["IMG_0001.HEIC"]
+
+    def register():
+        monkeypatch.setitem(Image.OPEN, "HEIF", (lambda file, name: Image.new("RGB", (40, 40), "red"), lambda start: start[4:8] == b"ftyp"))
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(register_heif_opener=register))
+    bare.index(folder)
+    assert "IMG_0001.HEIC" in bare.ids

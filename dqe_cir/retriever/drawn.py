@@ -32,8 +32,8 @@ class DrawnOnDemand(Mapping):
 
     def __init__(self, ids: list[str], root: str):
         self.names, self.folder = dict.fromkeys(ids), data_folder() / root
-        self.size = root.split("-")[1]
-        if root != garments_root(self.size):
+        self.size = next((size for size in ("full", "smoke") if root == garments_root(size)), "")
+        if not self.size:
             raise DataError(f"{root} was drawn by another version of the garments: index them again")
 
     def __iter__(self): return iter(self.names)
@@ -50,6 +50,7 @@ class DrawnOnDemand(Mapping):
         if name not in self.names: raise KeyError(name)
         drawn = self.folder / "fashioniq" / "images" / f"{name}.png"
         if drawn.exists(): return drawn
+        if name not in self.garments: raise DataError(f"{name!r} is no garment of {self.folder.name}: index again")
         path = self.folder.with_name(f"{self.folder.name}.some") / f"{name}.png"
         if not path.exists(): self.draw(name, path)
         return path

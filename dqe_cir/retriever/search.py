@@ -6,7 +6,7 @@
 __all__ = ['ReadQuery', 'reading_factors', 'with_tail', 'gate_shares', 'gated', 'gate_by_hand', 'plain', 'read_query', 'Result']
 
 # %% ../../nbs/retriever/05_search.ipynb #68e3e6e5
-import hashlib
+import hashlib, os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..attributes import ComposedQuery, unit
 from ..data.base import Triplet
+from ..files import DataError
+from .drawn import DrawnOnDemand
 from .index import Retriever, content_key, readable
 
 # %% ../../nbs/retriever/05_search.ipynb #8faa0ed4
@@ -92,18 +94,30 @@ def gate_by_hand(composed: ComposedQuery | ReadQuery, gate="learned") -> list[fl
 
 # %% ../../nbs/retriever/05_search.ipynb #fc58f7ff
 @patch
+def file_of(self: Retriever, reference) -> Path | None:
+    "The file of a reference: an indexed id, a path, or a picture that was opened from one; None without one."
+    if isinstance(reference, str) and reference in self.files: return self.files[reference]
+    if isinstance(reference, Image.Image): reference = getattr(reference, "filename", "") or "\0"
+    try:
+        path = Path(os.fsdecode(reference)).expanduser()
+        return path if path.is_file() else None
+    except (TypeError, OSError, RuntimeError): return None  # no path at all, or one of nobody's home
+
+@patch
 def opened(self: Retriever, reference) -> tuple[object, Image.Image]:
     "What identifies a reference, and its picture: an indexed id, a file, or a picture."
     if isinstance(reference, Image.Image):
-        pixels = reference.tobytes() + repr((reference.mode, reference.size)).encode()
+        try: pixels = reference.tobytes() + repr((reference.mode, reference.size)).encode()
+        except (OSError, SyntaxError, ValueError) as problem:
+            raise DataError(f"the reference is no readable picture ({problem}): give another") from None
         return hashlib.blake2b(pixels).digest(), reference
     if isinstance(reference, str) and reference in self.files:
         return reference, readable(self.files[reference], reference)
-    if not Path(reference).exists():
-        example = f", such as {self.ids[0]!r}" if self.files else ""
-        known = f"one of the {len(self):,} indexed pictures{example}"
-        raise ValueError(f"reference {str(reference)!r} is neither a file nor {known}")
-    return content_key(Path(reference)), readable(Path(reference))
+    file = self.file_of(reference)
+    if file is not None: return content_key(file), readable(file)
+    example = f", such as {self.ids[0]!r}" if len(self) else ""
+    known = f"one of the {len(self):,} indexed pictures{example}"
+    raise ValueError(f"reference {str(reference)[:200]!r} is neither a file nor {known}")
 
 # %% ../../nbs/retriever/05_search.ipynb #07026cbe
 @patch
@@ -141,12 +155,42 @@ def composed(self: Retriever, tokens: Tensor, words: str) -> ComposedQuery | Rea
 @patch
 def ask(self: Retriever, reference, text: str) -> ComposedQuery | ReadQuery:
     "The composed query of a reference and a text; of a method without parts, a plain query with a gate of 1."
-    if not text.strip(): raise ValueError("say what should change: the text is empty")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("say what should change: the text is empty")
+    if text != text.encode("utf-8", "ignore").decode():
+        raise ValueError(f"the text {text!r} holds half of a character, which is no word: write it anew")
     key, tokens = self.tokens_of(reference)
     words = self.method.query_text(Triplet("", None, (text,)))
     if (key, words) not in self.asked:
         self.asked = dict(list(self.asked.items())[-31:]) | {(key, words): self.composed(tokens, words)}
     return self.asked[key, words]
+
+# %% ../../nbs/retriever/05_search.ipynb #8ffa5c25
+@patch
+def same_file(self: Retriever, file: Path, key: str) -> set[str]:
+    "The ids of one content under which the index holds the very file, whatever leads to it."
+    alike = [name for name, known in zip(self.ids, self.keys) if known == key]
+    there = [name for name in alike if os.path.exists(self.files[name])]
+    return {name for name in there if os.path.samefile(self.files[name], file)}
+
+@patch
+def itself(self: Retriever, reference, content: str | None = None) -> tuple[set[str], str | None]:
+    """The ids that are the reference, by place or else by content; and, where none is, its content key if it
+    is known. `content` is that of a picture whose file is not at hand."""
+    drawn, file = isinstance(self.files, DrawnOnDemand), self.file_of(reference)
+    if isinstance(reference, str) and reference in self.files:
+        key = self.keys[self.ids.index(reference)]
+        return {reference} | (set() if drawn or not file else self.same_file(file, key)), None
+    if file is not None and drawn:
+        if file.stem in self.files and os.path.samefile(self.files[file.stem], file): return {file.stem}, None
+    if file is not None:
+        content = content_key(file)
+        spelled = {os.path.abspath(file), os.path.realpath(file)}
+        found = set() if drawn else {name for name, path in self.files.items() if os.path.abspath(path) in spelled}
+        found |= self.same_file(file, content)
+        if found: return found, None
+    found = {name for name, key in zip(self.ids, self.keys) if key == content}
+    return found, None if found else content
 
 # %% ../../nbs/retriever/05_search.ipynb #3aafdc55
 @dataclass(frozen=True)
@@ -160,17 +204,20 @@ class Result:
 @patch
 @torch.no_grad()
 def search(self: Retriever, reference, text: str, k: int = 10, gate="learned",
-           among: list[str] | None = None) -> list[Result]:
-    "The `k` best pictures, best first, without the reference itself. `among` limits the search to some ids."
+           among: list[str] | None = None, content: str | None = None) -> list[Result]:
+    """The `k` best pictures, best first, without the reference itself. `among` limits the search to some ids;
+    `content` is the content key of a reference whose file is not at hand."""
     if not len(self): raise ValueError("there is nothing to search: index a folder or a data set first")
     if k < 1: raise ValueError(f"k={k} must be at least 1")
     if not self.parts and gate != "learned":
         raise ValueError(f"{self.config.method} has no attribute gate: leave gate at 'learned'")
     query = gated(self.ask(reference, text), gate)
     scores = self.method.score(query, self.embeddings.to(query.device))[0].float().cpu()
-    names = self.ids
-    searched = set(names if among is None else among) - {reference if isinstance(reference, str) else None}
+    names, (left_out, content) = self.ids, self.itself(reference, content)
+    searched = set(names if among is None else among) - left_out
     allowed = torch.tensor([name in searched for name in names])
     ranking = scores.masked_fill(~allowed, -torch.inf).argsort(descending=True, stable=True)
-    best = ranking[:min(k, int(allowed.sum()))].tolist()
-    return [Result(names[i], self.files[names[i]], scores[i].item()) for i in best]
+    best = ranking[:min(k + 1, int(allowed.sum()))].tolist()
+    if content is not None and isinstance(self.files, DrawnOnDemand):  # whose keys are not those of files
+        best = [i for i in best if content_key(self.files[names[i]]) != content]
+    return [Result(names[i], self.files[names[i]], scores[i].item()) for i in best[:k]]

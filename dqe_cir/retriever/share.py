@@ -13,10 +13,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from fastcore.basics import patch
-from safetensors.torch import save_file
 
 from ..data.datasets import SPECS
-from ..files import replacing, write_json
+from ..files import write_json, write_tensors, write_text
 from .drawn import garments_at_once
 from .index import Retriever
 from .lessons import ROWS, TAUGHT, VECTORS, write_lessons
@@ -99,7 +98,7 @@ def save(self: Retriever, folder: Path | str) -> Path:
         raise ValueError(f"{folder} holds other things: choose a new folder")
     lessons = self.lessons  # before its files go
     about = {"method": self.config.method, "encoder": self.config.encoder}
-    with replacing(folder / "model.safetensors") as fresh: save_file(trained_state(self.method), fresh, about)
+    write_tensors(folder / "model.safetensors", trained_state(self.method), about)
     write_json(folder / "config.json", asdict(replace(self.config, run_dir="", data_root="", device="auto")))
     if self.record: write_json(folder / "results.json", self.record)
     of_another = ("vocabulary.json", "index.json", "index.safetensors", ROWS, VECTORS)
@@ -108,7 +107,7 @@ def save(self: Retriever, folder: Path | str) -> Path:
     if words is not None: write_json(folder / "vocabulary.json", words.record())
     if len(self): self.write_index(folder)
     if lessons: write_lessons(lessons, folder)
-    (folder / "README.md").write_text(model_card(self), encoding="utf-8")
+    write_text(folder / "README.md", model_card(self))
     return folder
 
 # %% ../../nbs/retriever/07_share.ipynb #f4225cfa
