@@ -23,7 +23,7 @@ class NativeEncoder(nn.Module):
 
     `image_size` is S in pixels; of a text the first `longest` word pieces are read."""
     transform_name = "target_pad 1.25"
-    tower_fingerprint = Blip2Encoder.tower_fingerprint
+    tower_fingerprint, fingerprint = Blip2Encoder.tower_fingerprint, Blip2Encoder.fingerprint
 
     def __init__(self, image_size: int, tokenizer=None, longest: int = 77):
         super().__init__()
