@@ -252,8 +252,9 @@ def check_tensors(state: dict[str, Tensor], unread: re.Pattern = UNUSED) -> dict
     return state
 
 def finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    "The weights, if all are finite; else `DataError` names the first that is not."
-    name = odd_tensor(weights)
+    "The weights, if all are finite as float32, as which they are used; else `DataError` names the first."
+    name = odd_tensor({name: value.float() if value.dtype == torch.float64 else value
+                       for name, value in weights.items()})
     if name: raise DataError(f"{name} holds values that are not finite: the checkpoint is damaged")
     return weights
 
