@@ -3,6 +3,8 @@ import json
 import os
 import shutil
 import string
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -216,7 +218,7 @@ def test_fingerprint_follows_the_tower_and_nothing_else(checkpoint):
     assert encoder.tower_fingerprint() != before
 
 
-# ---- the token cache
+# ---- the token store
 
 @pytest.fixture
 def pictures(tmp_path):
@@ -238,7 +240,7 @@ class Counting:
         return self.encoder.image_tokens(pixels)
 
 
-def files(folder): return sorted(path for path in folder.iterdir() if path.suffix != ".json"), sorted(folder.glob("*.json"))
+def files(folder): return sorted(folder.rglob("*.tokens")), sorted(folder.rglob("*.json"))
 
 
 def test_second_call_encodes_nothing(tiny, pictures, tmp_path):
@@ -247,7 +249,7 @@ def test_second_call_encodes_nothing(tiny, pictures, tmp_path):
     assert counting.images >= 7
     counting.images = 0
     assert torch.equal(cached(counting, pictures, tmp_path / "tokens")[list(pictures)], first)
-    assert counting.images <= 1  # one blank image may be used to learn the shape
+    assert counting.images == 0
     assert first.shape == (7, 5, 16) and first.dtype == torch.float32
 
 
@@ -275,14 +277,14 @@ def test_a_spoiled_description_is_not_trusted(tiny, pictures, tmp_path, content)
 
 
 @pytest.mark.parametrize("length", [0, 1, 400, -1])
-def test_a_file_of_the_wrong_length_is_rebuilt(tiny, pictures, tmp_path, length):
+def test_a_file_of_the_wrong_length_is_made_whole(tiny, pictures, tmp_path, length):
     folder = tmp_path / "tokens"
     good = cached(tiny, pictures, folder)[list(pictures)]
     (data,), _ = files(folder)
     size = data.stat().st_size
     with data.open("r+b") as raw: raw.truncate(length if length >= 0 else size + 64)
     assert torch.equal(cached(tiny, pictures, folder)[list(pictures)], good)
-    assert data.stat().st_size == size
+    assert data.stat().st_size == size + 64 * (length < 0)
 
 
 def test_a_changed_picture_and_a_changed_tower_are_noticed(tiny, checkpoint, pictures, tmp_path):
@@ -299,16 +301,157 @@ def test_a_changed_picture_and_a_changed_tower_are_noticed(tiny, checkpoint, pic
     assert (cached(other, pictures, folder)[list(pictures)] - changed).abs().max() > 1e-3
 
 
-def test_an_interrupted_build_leaves_nothing_to_trust(tiny, pictures, tmp_path):
-    class Failing(Counting):
-        def image_tokens(self, pixels):
-            if self.images >= 4: raise KeyboardInterrupt
-            return super().image_tokens(pixels)
+class Failing(Counting):
+    "Stops, by whatever is raised, when so many images have passed."
+    def __init__(self, encoder, after, problem): super().__init__(encoder); self.after, self.problem = after, problem
+    def image_tokens(self, pixels):
+        if self.images >= self.after: raise self.problem
+        return super().image_tokens(pixels)
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), RuntimeError("out of memory")])
+@pytest.mark.parametrize("after", [0, 3, 6])
+def test_what_was_encoded_before_a_stop_is_kept(tiny, pictures, tmp_path, problem, after):
+    folder, counting = tmp_path / "tokens", Counting(tiny)
+    with pytest.raises(type(problem)): cached(Failing(tiny, after, problem), pictures, folder)
+    again = cached(counting, pictures, folder)[list(pictures)]
+    assert counting.images == 7 - after
+    torch.testing.assert_close(again, torch.cat([tiny.image_tokens(read(path)) for path in pictures.values()]))
+
+
+def test_a_picture_is_known_by_its_content(tiny, pictures, tmp_path):
+    "Touched, renamed, copied, shared between splits, twice under two names: nothing is encoded again."
+    folder, counting = tmp_path / "tokens", Counting(tiny)
+    first = cached(counting, dict(list(pictures.items())[:5]), folder)
+    second = cached(counting, pictures | {"twice": pictures["image 6"]}, folder)
+    assert counting.images == 7 and torch.equal(second[["twice"]], second[["image 6"]])
+    elsewhere = {f"copy of {name}": tmp_path / "elsewhere" / path.name for name, path in pictures.items()}
+    (tmp_path / "elsewhere").mkdir()
+    for name, path in pictures.items():
+        shutil.copy(path, elsewhere[f"copy of {name}"])
+        os.utime(path, (1, 1))
+    assert torch.equal(cached(counting, elsewhere, folder)[list(elsewhere)], second[list(pictures)])
+    assert torch.equal(cached(counting, pictures, folder)[["image 1"]], first[["image 1"]]) and counting.images == 7
+
+
+def test_a_picture_that_changed_and_kept_its_size_and_time_is_another(tiny, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("dqe_cir.encoder.tokens.QUIET", 0)  # as if the files were old
+    folder, path = tmp_path / "tokens", pictures["image 3"]
+    for one in ("image 3", "image 4"): Image.new("RGB", (16, 16), "red" if one == "image 3" else "teal").save(pictures[one], format="BMP")
+    before, was = cached(tiny, pictures, folder), path.stat()
+    (folder / "content_keys.txt").read_text()
+    path.write_bytes(pictures["image 4"].read_bytes())
+    os.utime(path, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (was.st_size, was.st_mtime_ns)
+    after = cached(tiny, pictures, folder)
+    assert torch.equal(after[["image 3"]], after[["image 4"]]) and not torch.equal(after[["image 3"]], before[["image 3"]])
+
+
+def test_unchanged_pictures_are_not_read_again(tiny, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("dqe_cir.encoder.tokens.QUIET", 0)
+    good = cached(tiny, pictures, tmp_path / "tokens")[list(pictures)]
+    monkeypatch.setattr("dqe_cir.encoder.tokens.content_key", lambda path: pytest.fail(f"{path} was read again"))
+    assert torch.equal(cached(tiny, pictures, tmp_path / "tokens")[list(pictures)], good)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_notes_with_any_changed_byte_hand_out_nothing_wrong(tiny, pictures, tmp_path, place, flip):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("dqe_cir.encoder.tokens.QUIET", 0)
+        good = cached(tiny, pictures, tmp_path / "tokens")[list(pictures)]
+        notes = tmp_path / "tokens" / "content_keys.txt"
+        raw = bytearray(notes.read_bytes())
+        raw[int(place * len(raw))] ^= flip
+        notes.write_bytes(raw)
+        assert torch.equal(cached(tiny, pictures, tmp_path / "tokens")[list(pictures)], good)
+
+
+def test_a_stored_and_read_only_folder_is_enough(tiny, pictures, tmp_path):
     folder = tmp_path / "tokens"
-    with pytest.raises(KeyboardInterrupt): cached(Failing(tiny), pictures, folder)
-    assert not [path.name for path in folder.iterdir()]
-    direct = torch.cat([tiny.image_tokens(read(path)) for path in pictures.values()])
-    torch.testing.assert_close(cached(tiny, pictures, folder)[list(pictures)], direct)
+    good = cached(tiny, pictures, folder)[list(pictures)]
+    places = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+    try:
+        for path in places: path.chmod(0o555)
+        assert torch.equal(cached(tiny, pictures, folder)[list(pictures)], good)
+    finally:
+        for path in places: path.chmod(0o755)
+
+
+def test_many_broken_pictures_are_one_message(tiny, pictures, tmp_path):
+    folder, counting = tmp_path / "tokens", Counting(tiny)
+    kept = pictures["image 0"].read_bytes()
+    for i, content in ((0, b""), (2, b"no picture"), (3, pictures["image 3"].read_bytes()[:60])): pictures[f"image {i}"].write_bytes(content)
+    pictures["image 5"].unlink()
+    with pytest.raises(DataError, match=r"^4 of 7 pictures have no tokens: .*5\.png does not exist.*0\.png.*2\.png.*; \.\.\.\. The others are stored") as caught: cached(counting, pictures, folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000 and counting.images == 3
+    pictures["image 0"].write_bytes(kept)
+    with pytest.raises(DataError, match="^3 of 7"): cached(counting, pictures, folder)
+    assert counting.images == 4
+
+
+class Overflowing(Counting):
+    "An encoder whose tower fails for reddish pictures, or for all."
+    def __init__(self, encoder, limit): super().__init__(encoder); self.limit = limit
+    def image_tokens(self, pixels):
+        tokens = super().image_tokens(pixels)
+        tokens[pixels[:, 0].mean((1, 2)) > self.limit, 1, 2] = torch.nan
+        return tokens
+
+
+def test_tokens_that_are_not_finite_are_neither_stored_nor_handed_out(tiny, pictures, tmp_path):
+    folder = tmp_path / "tokens"
+    Image.new("RGB", (16, 16), "red").save(pictures["image 4"])
+    with pytest.raises(DataError, match=r"^1 of 7 pictures have no tokens: .*4\.png has tokens that are not finite"): cached(Overflowing(tiny, 1.5), pictures, folder)
+    counting = Counting(tiny)
+    assert cached(counting, pictures, folder)[list(pictures)].isfinite().all() and counting.images == 1
+    with pytest.raises(DataError, match="not finite for .*0.png, nor for any picture of the first batch"): cached(Overflowing(tiny, -9), pictures, tmp_path / "others")
+    assert not list((tmp_path / "others").rglob("*.tokens"))
+
+
+def test_half_precision_overflow_is_not_finite_either(pictures, tmp_path):
+    "70,000 is a number in float32, and none in the type that large tokens are stored in."
+    class Large:
+        transform_name, image_size, token_shape, device = "large", 16, (3, 200, 200), torch.device("cpu")
+        vision_tower, tower_fingerprint = torch.nn.Identity(), lambda self: "0" * 16
+        def transform(self, picture): return torch.zeros(3, 200, 200)
+        def image_tokens(self, pixels): return pixels + torch.tensor([7e4] + [0] * (len(pixels) - 1))[:, None, None, None]
+    with pytest.raises(DataError, match=r"^3 of 7 pictures have no tokens: .*0\.png has tokens that are not finite in float16"): cached(Large(), pictures, tmp_path / "tokens")
+
+
+def test_a_full_disk_keeps_what_was_written(tiny, pictures, tmp_path):
+    "The size of files is limited, in another process, to three records and a half."
+    script = f"""
+import resource, sys
+from pathlib import Path
+from dqe_cir.encoder import cache_tokens, load_encoder
+encoder = load_encoder(sys.argv[1], device="cpu")
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(3.5 * 384),) * 2)
+try: cache_tokens(encoder, dict((name, Path(name)) for name in sys.argv[3:]), sys.argv[2], batch_size=2, progress=False)
+except ValueError as problem: sys.exit(str(problem))
+"""
+    folder = tmp_path / "tokens"
+    encoder = write_checkpoint(tmp_path / "encoder")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, encoder, folder, *pictures.values()], capture_output=True, text=True)
+    assert done.returncode == 1 and "0000.tokens could not be written (File too large); what was encoded before is kept" in done.stderr, done
+    counting = Counting(load_encoder(str(encoder), device="cpu"))
+    assert cached(counting, pictures, folder)[list(pictures)].isfinite().all() and counting.images == 4
+
+
+def test_two_processes_fill_one_store(checkpoint, pictures, tmp_path):
+    script = """
+import sys
+from pathlib import Path
+from dqe_cir.encoder import cache_tokens, load_encoder
+cache = cache_tokens(load_encoder(sys.argv[1], device="cpu"), dict((name, Path(name)) for name in sys.argv[3:]), sys.argv[2], batch_size=1, progress=False)
+print(cache[sys.argv[3:]].double().sum().item())
+"""
+    jobs = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, checkpoint, tmp_path / "tokens", *pictures.values()],
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
+    said = [job.communicate()[0] for job in jobs]
+    assert said[0] == said[1] != "" and not any(job.returncode for job in jobs)
+    (data,), _ = files(tmp_path / "tokens")
+    assert data.stat().st_size == 7 * 384
 
 
 def read(path):
@@ -350,9 +493,9 @@ def test_shipped_vocabulary_spells_real_requests(annotations):
     assert not (ids == encoder.tokenizer.unk_token_id).any()
 
 
-def test_a_cache_that_cannot_be_read_back_is_said_to_be_so(tiny, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr("dqe_cir.encoder.tokens.read_tokens", lambda stem, count: None)
-    with pytest.raises(DataError, match=r"\.tokens is not what was written to it"): cached(tiny, pictures, tmp_path / "tokens")
+def test_a_store_that_cannot_be_read_back_is_said_to_be_so(tiny, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("dqe_cir.encoder.tokens.TokenStore.find", lambda store, keys: {})
+    with pytest.raises(DataError, match=r"is not what was written to it, for .*0\.png: is the disk damaged"): cached(tiny, pictures, tmp_path / "tokens")
 
 
 def test_pictures_go_through_the_encoders_own_transform(tiny, pictures, tmp_path):

@@ -8,7 +8,7 @@ __all__ = ['DTYPES', 'MINI', 'SMALL_WIDTH', 'DECIDING', 'Blip2Encoder', 'only_re
            'deciding', 'settings', 'words_digest']
 
 # %% ../../nbs/encoder/02_blip2.ipynb #7a04cac8
-import hashlib, importlib.util, json, math, re, zlib
+import hashlib, importlib.util, json, math, os, re, zlib
 from pathlib import Path
 
 import torch
@@ -20,9 +20,10 @@ from transformers import BertTokenizer, Blip2ForImageTextRetrieval, PreTrainedMo
 
 from ..core import resolve_device
 from ..data.pictures import target_pad
-from .checkpoints import EPS, LIBRARY_ERRORS, check_model, check_tokenizer, find_tokenizer
-from .checkpoints import is_weight_file, lavis_model, load_model, read_checkpoint, usual_heads
-from ..files import DataError
+from .checkpoints import EPS, LIBRARY_ERRORS, WORD_FILES, check_files, check_model
+from .checkpoints import check_tokenizer, find_tokenizer, is_weight_file, lavis_model
+from .checkpoints import load_model, naming, read_checkpoint, unloadable, usual_heads
+from ..files import DataError, read_json
 
 # %% ../../nbs/encoder/02_blip2.ipynb #1c32b175
 class Blip2Encoder(nn.Module):
@@ -167,14 +168,14 @@ def load_encoder(name: str = "mini", device: str = "auto", dtype: str = "auto") 
 def load_folder(name: str) -> Blip2Encoder:
     "The encoder of `mini`, a hub id or a local folder, on the CPU."
     source = str(MINI) if name == "mini" else name
-    if Path(name).exists() and not (Path(name) / "config.json").exists():
-        raise DataError(f"{name} is not a model folder: it has no config.json")
+    if os.path.exists(source) and not os.path.lexists(os.path.join(source, "config.json")):
+        raise DataError(f"{name or source!r} is not a model folder: it has no config.json")
     try:
-        (model, absent), tokenizer = load_model(source), BertTokenizer.from_pretrained(source)
+        (model, absent), _ = load_model(source), check_files(source, WORD_FILES)
+        tokenizer = BertTokenizer.from_pretrained(source)
     except LIBRARY_ERRORS as problem:
-        said = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise DataError(f"encoder {name!r} could not be loaded: it is neither 'mini', a local folder "
-                        f"nor a reachable hub id ({said})") from problem
+        advice = "it is neither 'mini', a local folder nor a reachable hub id"
+        raise unloadable(name, problem, advice) from problem
     if absent:
         raise DataError(f"encoder {name!r} lacks {len(absent)} weights, such as {absent[0]}: "
                         "the checkpoint is incomplete or of another model")
@@ -195,11 +196,9 @@ def from_lavis(state_dict: dict[str, Tensor], *, heads: int, vision_heads: int, 
 def load_file(name: str) -> Blip2Encoder:
     "The encoder of a LAVIS checkpoint file (`.pth`, `.pt`, `.safetensors`), on the CPU."
     state = read_checkpoint(name)
-    try:
+    with naming(f"encoder {name!r}"):
         sizes, words = usual_heads(state), len(state["Qformer.bert.embeddings.word_embeddings.weight"])
         return from_lavis(state, **sizes, tokenizer=find_tokenizer(Path(name).parent, words))
-    except DataError as problem:
-        raise DataError(f"encoder {name!r}: {problem}") from problem
 
 # %% ../../nbs/encoder/02_blip2.ipynb #d6e76d14
 SMALL_WIDTH = 512
@@ -220,9 +219,9 @@ def encoder_size(name: str) -> str:
     are read, nothing is downloaded. A folder without a readable configuration is full here, and refused when
     it is loaded."""
     if name == "mini": return "small"
-    folder = Path(name if Path(name).is_dir() else name.partition("+")[0])
+    folder = Path(name if os.path.isdir(name) else name.partition("+")[0])
     for file in ("open_clip_config.json", "config.json"):
-        try: width = stated_width(json.loads((folder / file).read_text()))
+        try: width = stated_width(read_json(folder / file))
         except (OSError, ValueError, TypeError, AttributeError, IndexError):
             continue  # not there, or no configuration of a model
         if isinstance(width, int): return "small" if width < SMALL_WIDTH else "full"

@@ -4,26 +4,30 @@
 
 # %% auto #0
 __all__ = ['EPS', 'POSITIONS', 'PATCHES', 'BLOCKS', 'LAYERS', 'WORDS', 'HEAD_WIDTH', 'QFORMER_NAMES', 'TOWER_NAMES', 'UNUSED',
-           'WEIGHT_SUFFIXES', 'TOWERS', 'LIBRARY_ERRORS', 'ClipBlip2Config', 'ClipBlip2', 'tower_kind', 'shape_of',
-           'numbers', 'vision_sizes', 'qformer_sizes', 'temperature', 'check_sizes', 'lavis_config', 'usual_heads',
-           'lavis_names', 'library_tensor', 'listed', 'matched', 'library_weights', 'blank_model', 'lavis_model',
-           'check_model', 'is_weight_file', 'look_at', 'read_tensors', 'with_tower', 'read_checkpoint',
-           'check_tokenizer', 'find_tokenizer', 'convert', 'same_bits', 'verify', 'load_model', 'main']
+           'FLOATS', 'WEIGHT_SUFFIXES', 'USUAL', 'TOWERS', 'ROWS', 'WORD_FILES', 'LIBRARY_ERRORS', 'FOLDER_FILES',
+           'RULES', 'STORED', 'COUNTERS', 'ClipBlip2Config', 'ClipBlip2', 'tower_kind', 'shape_of', 'numbers',
+           'vision_sizes', 'qformer_sizes', 'temperature', 'check_sizes', 'lavis_config', 'usual_heads', 'lavis_names',
+           'library_tensor', 'odd_entry', 'check_tensors', 'finite', 'listed', 'matched', 'library_weights',
+           'blank_model', 'lavis_model', 'check_model', 'is_weight_file', 'look_at', 'read_tensors', 'wrapped',
+           'prefixes', 'unwrapped', 'naming', 'with_tower', 'read_checkpoint', 'check_tokenizer', 'check_files',
+           'find_tokenizer', 'convert', 'same_bits', 'verify', 'odd_setting', 'stored_tensors', 'layer_count',
+           'check_folder', 'load_model', 'unloadable', 'main']
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #abb5e6c4
-import argparse, json, math, os, pickle, re, shutil, zipfile
+import argparse, contextlib, math, os, pickle, re, shutil, zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertTokenizer, Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerModel
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2PreTrainedModel, Blip2TextEmbeddings
 
-from ..files import DataError, writable
+from ..files import DataError, below, odd_tensor, read_json, refused_by_disk, regular
+from ..files import stands_in, writable
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #902ec2f9
 class ClipBlip2Config(Blip2Config):
@@ -68,29 +72,38 @@ def tower_kind(state: dict[str, Tensor]) -> str:
     raise DataError(f"it holds no image tower: neither {eva} (EVA ViT) nor {clip} (CLIP ViT)")
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #abec4c3b
-def shape_of(state: dict[str, Tensor], name: str) -> torch.Size:
-    "The shape of one tensor, which must be there."
+def shape_of(state: dict[str, Tensor], name: str, dimensions: int | None = None) -> torch.Size:
+    "The shape of one tensor, which must be there; with so many dimensions, none of them empty."
     if name not in state:
         raise DataError(f"it lacks {name}: the checkpoint is incomplete or of another model")
-    return state[name].shape
+    shape = state[name].shape
+    if dimensions is None or (len(shape) == dimensions and 0 not in shape): return shape
+    raise DataError(f"{name} has the shape {tuple(shape)}, where {dimensions} dimensions are called for: "
+                    "the checkpoint is damaged or of another model")
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #e9d9abc3
 def numbers(state: dict[str, Tensor], prefix: str, suffix: str = "") -> list[int]:
-    "The sorted numbers N for which a tensor `<prefix>N.<suffix>...` exists; at least one."
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\." + re.escape(suffix))
+    """The sorted numbers N for which a tensor `<prefix>N.<suffix>...` exists; at least one, and without a
+    suffix all from 0 on."""
+    pattern = re.compile(re.escape(prefix) + r"([0-9]{1,6})\." + re.escape(suffix))
     found = {int(match[1]) for name in state if (match := pattern.match(name))}
     if not found:
         raise DataError(f"it lacks {prefix}0.{suffix}*: the checkpoint is incomplete or of another model")
+    gap = next(number for number in range(len(found) + 1) if number not in found)
+    if not suffix and gap < len(found):
+        raise DataError(f"it lacks {prefix}{gap}.*, but has {prefix}{max(found)}.*: "
+                        "the checkpoint is incomplete")
     return sorted(found)
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #7c6e0a07
 def vision_sizes(state: dict[str, Tensor], kind: str) -> dict:
     "Sizes of the image tower, as the library's configurations name them."
-    *_, positions, width = shape_of(state, POSITIONS[kind])
-    patch, side = shape_of(state, PATCHES[kind])[-1], math.isqrt(positions - 1)
-    if side * side != positions - 1:
+    *_, positions, width = shape_of(state, POSITIONS[kind], {"eva": 3, "clip": 2}[kind])
+    patch, side = shape_of(state, PATCHES[kind], 4)[-1], math.isqrt(positions - 1)
+    if side * side != positions - 1 or not side:
         raise DataError(f"{POSITIONS[kind]} has {positions} rows: not one more than a square grid of patches")
-    wide = shape_of(state, BLOCKS[kind] + {"eva": "0.mlp.fc1.weight", "clip": "0.mlp.c_fc.weight"}[kind])[0]
+    first = BLOCKS[kind] + {"eva": "0.mlp.fc1.weight", "clip": "0.mlp.c_fc.weight"}[kind]
+    wide = shape_of(state, first, 2)[0]
     layers = numbers(state, BLOCKS[kind])[-1] + 1
     return dict(hidden_size=width, intermediate_size=wide, num_hidden_layers=layers, patch_size=patch,
                 image_size=side * patch)
@@ -101,19 +114,20 @@ def qformer_sizes(state: dict[str, Tensor]) -> dict:
     if WORDS not in state or LAYERS + "0.intermediate.dense.weight" not in state:
         raise DataError("it cannot read text (use_qformer_text_input would be false): the Q-Former's layers "
                         "for words are missing; use a first-stage or retrieval checkpoint")
-    vocabulary, width = state[WORDS].shape
+    vocabulary, width = shape_of(state, WORDS, 2)
     layers, looks = numbers(state, LAYERS)[-1] + 1, numbers(state, LAYERS, "crossattention.")
-    positions = shape_of(state, "Qformer.bert.embeddings.position_embeddings.weight")[0]
+    positions = shape_of(state, "Qformer.bert.embeddings.position_embeddings.weight", 2)[0]
     return dict(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers,
                 use_qformer_text_input=True,
-                intermediate_size=state[LAYERS + "0.intermediate.dense.weight"].shape[0],
+                intermediate_size=shape_of(state, LAYERS + "0.intermediate.dense.weight", 2)[0],
                 cross_attention_frequency=looks[1] - looks[0] if len(looks) > 1 else layers,
                 max_position_embeddings=positions)
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #f174f033
 def temperature(state: dict[str, Tensor]) -> float:
     "The temperature BLIP-2's contrastive loss ended with; the library's format has no place for it."
-    shape_of(state, "temp")
+    if shape_of(state, "temp").numel() != 1:
+        raise DataError(f"temp has the shape {tuple(state['temp'].shape)}: a temperature is one number")
     value = float(state["temp"])
     if not 0 < value < math.inf: raise DataError(f"temp is {value}: a temperature is positive")
     return value
@@ -149,8 +163,8 @@ def lavis_config(state: dict[str, Tensor], *, heads: int, vision_heads: int, ima
         text_config=dict(model_type="opt"),
         ln_vision_eps=eps["ln_vision"],
         itc_temperature=temperature(state),
-        num_query_tokens=shape_of(state, "query_tokens")[1],
-        image_text_hidden_size=shape_of(state, "vision_proj.weight")[0])
+        num_query_tokens=shape_of(state, "query_tokens", 3)[1],
+        image_text_hidden_size=shape_of(state, "vision_proj.weight", 2)[0])
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #7f7dddf8
 HEAD_WIDTH = {"Q-Former": 64, "eva": 88, "clip": 64}
@@ -216,9 +230,35 @@ def library_tensor(name: str, parts: list[Tensor]) -> Tensor:
     third = re.search(r"self_attn\.([qkv])_proj\.", name)
     return parts[0].chunk(3)["qkv".index(third[1])].clone() if third else parts[0]
 
-# %% ../../nbs/encoder/01_checkpoints.ipynb #27467ae6
+# %% ../../nbs/encoder/01_checkpoints.ipynb #f1eed06c
 UNUSED = re.compile(r"Qformer\.cls\.|Qformer\.bert\.embeddings\.position_ids$|prompt_tokens$")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+def odd_entry(value) -> str:
+    "What is wrong with an entry of a state dict as a weight; empty for a plain tensor of floating point."
+    if not isinstance(value, Tensor): return f"is of type {type(value).__name__}, not a tensor"
+    if value.layout != torch.strided or value.is_quantized or value.is_meta: return "is no plain tensor"
+    if value.dtype not in FLOATS:
+        return f"holds {str(value.dtype).removeprefix('torch.')}, not floating point numbers"
+    packed = value.untyped_storage().nbytes() < value.numel() * value.element_size()
+    return f"claims the shape {tuple(value.shape)} without having the numbers" if packed else ""
+
+def check_tensors(state: dict[str, Tensor], unread: re.Pattern = UNUSED) -> dict[str, Tensor]:
+    "The state dict, if every entry can be a weight; else `DataError`. Those in `unread` are not looked at."
+    for name, value in state.items():
+        if not isinstance(name, str): raise DataError(f"its entry {str(name)[:80]!r} has no name")
+        odd = "" if unread.match(name) else odd_entry(value)
+        if odd: raise DataError(f"{name[:200]} {odd}: the checkpoint is damaged or of another kind")
+    return state
+
+def finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The weights, if all are finite as float32, as which they are used; else `DataError` names the first."
+    name = odd_tensor({name: value.float() if value.dtype == torch.float64 else value
+                       for name, value in weights.items()})
+    if name: raise DataError(f"{name} holds values that are not finite: the checkpoint is damaged")
+    return weights
+
+# %% ../../nbs/encoder/01_checkpoints.ipynb #27467ae6
 def listed(names) -> str:
     "Up to four names, and how many there are."
     names = sorted(names)
@@ -239,7 +279,9 @@ def matched(state: dict[str, Tensor], model: nn.Module, sources: dict[str, tuple
     if surplus: raise DataError(f"surplus tensors: {listed(surplus)}; the checkpoint is of another model")
     expected, weights = model.state_dict(), {}
     for name, parts in sources.items():
-        weight, shape = library_tensor(name, [state[part] for part in parts]), tuple(expected[name].shape)
+        shape = tuple(expected[name].shape)
+        try: weight = library_tensor(name, [state[part] for part in parts])
+        except (RuntimeError, IndexError): weight = state[parts[0]]  # too few rows, or none
         if weight.shape != shape:
             raise DataError(f"{' and '.join(parts)}: shape {tuple(weight.shape)} "
                             f"where the other tensors call for {shape}")
@@ -267,10 +309,10 @@ def blank_model(config: Blip2Config) -> Blip2ForImageTextRetrieval:
 # %% ../../nbs/encoder/01_checkpoints.ipynb #f17d4de2
 def lavis_model(state: dict[str, Tensor], **sizes) -> Blip2ForImageTextRetrieval:
     "The library's model in float32 with a copy of LAVIS' weights; its config has the temperature."
-    model = blank_model(lavis_config(state, **sizes))
+    model = blank_model(lavis_config(check_tensors(state), **sizes))
     weights = library_weights(state, model, tower_kind(state))
     copies = {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
-    model.load_state_dict(copies, assign=True)
+    model.load_state_dict(finite(copies), assign=True)
     return check_model(model, "from LAVIS")
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #780339a4
@@ -289,19 +331,19 @@ WEIGHT_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 def is_weight_file(name: str) -> bool:
     "Is this the name of one file of weights, and not of a folder or hub id?"
-    return Path(name).suffix in WEIGHT_SUFFIXES and not Path(name).is_dir()
+    return Path(name).suffix in WEIGHT_SUFFIXES and not os.path.isdir(name)
 
 def look_at(path: Path) -> None:
-    "`DataError` for a file that is absent, empty, a Git LFS pointer or a web page."
-    if not path.is_file():
-        kinds = ", ".join(WEIGHT_SUFFIXES)
-        raise DataError(f"{path} does not exist: give the path of a checkpoint ({kinds})")
-    with path.open("rb") as file: start = file.read(64)
+    "`DataError` for a file that is absent, empty, a Git LFS pointer or a web page, or is no file."
+    path = regular(path, f"give the path of a checkpoint ({', '.join(WEIGHT_SUFFIXES)})")
+    try:
+        with path.open("rb") as file: start = file.read(200)
+    except OSError as problem:
+        raise DataError(f"{path} cannot be read ({problem.strerror}): make it readable") from None
     if not start: raise DataError(f"{path} is empty: download it again")
     if start.startswith(b"version https://git-lfs"):
         raise DataError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise DataError(f"{path} is a web page, not a checkpoint: download the file itself")
+    if stands_in(start): raise DataError(f"{path} is a web page, not a checkpoint: download the file itself")
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #3cef6759
 def read_tensors(path: Path) -> dict:
@@ -318,6 +360,40 @@ def read_tensors(path: Path) -> dict:
         said = (str(problem).splitlines() or [type(problem).__name__])[0]
         raise DataError(f"{path} is cut off or damaged ({said}): download it again") from problem
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #06d3c3be
+USUAL = ("model", "state_dict", "module", "net")
+
+def wrapped(content: dict, depth: int = 6) -> Iterator[list[tuple[str, dict]]]:
+    "Name and content of the dictionaries in a dictionary, itself first, one level after another."
+    level = [("", content)]
+    for _ in range(depth):
+        yield level
+        entries = [entry for _, part in level for entry in part.items()]
+        level = [(str(name), value) for name, value in entries if isinstance(value, dict)]
+
+def prefixes(part: dict, mark: str) -> list[str]:
+    "What stands before a name in a dictionary, wherever that name or one that ends in it occurs."
+    names = [name for name in part if isinstance(name, str)]
+    return [name.removesuffix(mark) for name in names if name == mark or name.endswith("." + mark)]
+
+def unwrapped(content: dict, mark: str = "query_tokens") -> dict | None:
+    "The state dict that has a tensor `mark`, taken out of its wrapping; None where there is none."
+    for level in wrapped(content):
+        holding = [(name, part) for name, part in level if prefixes(part, mark)]
+        usual = [(name, part) for name, part in holding if name in USUAL]
+        if len(usual) == 1: holding = usual
+        if not holding: continue
+        before = prefixes(holding[0][1], mark)
+        if len(holding) > 1 or ("" not in before and len(before) > 1):
+            found = listed([name for name, _ in holding] + before)
+            raise DataError(f"it holds several models, under {found}: save the one that is meant alone")
+        prefix, part = "" if "" in before else before[0], holding[0][1]
+        names = [name.removeprefix(prefix) if isinstance(name, str) else name for name in part]
+        bare = dict(zip(names, part.values()))
+        if len(bare) < len(part): raise DataError(f"names occur with and without {prefix!r}: save one model")
+        return bare
+    return None
+
 # %% ../../nbs/encoder/01_checkpoints.ipynb #53e9094c
 TOWERS = {  # by width: the file, and what of it BLIP-2 uses
     1408: ("eva_vit_g.pth", r"cls_token$|pos_embed$|patch_embed\.|blocks\.(?!39\.)"),
@@ -325,15 +401,26 @@ TOWERS = {  # by width: the file, and what of it BLIP-2 uses
                              r"|transformer\.resblocks\.(?!23\.)"),
 }
 
+@contextlib.contextmanager
+def naming(place: Path | str) -> Iterator[None]:
+    "Put the name of a file before what is said of its content."
+    try: yield
+    except DataError as problem:
+        if str(place) in str(problem): raise
+        raise DataError(f"{place}: {problem}") from problem
+
 def with_tower(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     "The state dict, completed by the image tower from the file beside it where LAVIS left the tower out."
     if any(name.startswith("visual_encoder.") for name in state): return state
-    name, wanted = TOWERS.get(shape_of(state, "ln_vision.weight")[0], TOWERS[1408])
+    name, wanted = TOWERS.get(shape_of(state, "ln_vision.weight", 1)[0], TOWERS[1408])
     if not (path.parent / name).exists():
         raise DataError(f"{path} holds no image tower, because LAVIS leaves out what was frozen: "
                         f"put {name} beside it")
     tower = read_tensors(path.parent / name)
-    return state | {f"visual_encoder.{key}": value for key, value in tower.items() if re.match(wanted, key)}
+    if not isinstance(tower, dict): raise DataError(f"{path.parent / name} holds no dictionary of tensors")
+    with naming(path.parent / name):
+        tower = check_tensors({key: value for key, value in tower.items() if re.match(wanted, str(key))})
+    return state | {f"visual_encoder.{key}": value for key, value in tower.items()}
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #120396f2
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -341,16 +428,19 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     path, content = Path(path), read_tensors(path)
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
-    inside = [content] + [value for value in content.values() if isinstance(value, dict)]
-    state = next((part for part in inside if "query_tokens" in part), None)
-    if state is None:
-        found = ", ".join(map(str, list(max(inside, key=len))[:3]))
-        raise DataError(f"{path} is not a BLIP-2 of LAVIS: no query_tokens among {found} ...")
-    return with_tower(dict(state), path)
+    with naming(path):
+        state = unwrapped(content)
+        if state is None:
+            largest = max((part for level in wrapped(content) for _, part in level), key=len)
+            found = ", ".join(str(name)[:80] for name in list(largest)[:3])
+            raise DataError(f"{path} is not a BLIP-2 of LAVIS: no query_tokens among {found} ...")
+        return with_tower(check_tensors(state), path)
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #148838b6
+ROWS = 64  # of embeddings that no word needs, at most: some models round their number up
+
 def check_tokenizer(tokenizer: BertTokenizer, vocabulary: int, name: str) -> BertTokenizer:
-    "The tokenizer, if it has words and no more of them than the model has embeddings; else `DataError`."
+    "The tokenizer, if it has words, and about as many as the model has embeddings; else `DataError`."
     words = tokenizer.vocab_size  # without added tokens such as the hub's <image>, which no request contains
     if words <= len(tokenizer.all_special_ids):
         raise DataError(f"no vocabulary for {name}: put the vocab.txt of bert-base-uncased there, "
@@ -358,15 +448,35 @@ def check_tokenizer(tokenizer: BertTokenizer, vocabulary: int, name: str) -> Ber
     if words > vocabulary:
         raise DataError(f"the tokenizer of {name} has {words} words, "
                         f"but the checkpoint has embeddings for {vocabulary} only")
+    marks = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in ("cls", "sep", "pad", "unk")}
+    strange = [kind for kind, number in marks.items() if number is None or number >= words]
+    if strange or words + ROWS < vocabulary:
+        lacks = f"{words} words where there are {vocabulary} embeddings"
+        if strange: lacks = f"no [{strange[0].upper()}]"
+        raise DataError(f"the vocabulary in {name} is cut or of another model ({lacks}): get its files again")
     return tokenizer
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #98c08592
+WORD_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json")
+LIBRARY_ERRORS = (Exception,)  # what the library raises over files it cannot read can be anything
+
+def check_files(folder: Path, names) -> None:
+    "`DataError` for a file of a folder, if it is there, that is no file, a stand-in, or no sound JSON."
+    for path in (Path(folder) / name for name in names):
+        if not os.path.lexists(path): continue
+        with regular(path, "put the file itself there").open("rb") as file: start = file.read(200)
+        odd = stands_in(start) or ("" if start.strip(b"\0 \n") else "is empty: get it again")
+        if odd: raise DataError(f"{path} {odd}")
+        if path.suffix == ".json": read_json(path, "get it again", dict)
+
 def find_tokenizer(folder: Path, vocabulary: int) -> BertTokenizer:
     "The tokenizer in a folder, else that of bert-base-uncased; with `[DEC]` where there is a row for it."
-    beside = any((Path(folder) / name).exists() for name in ("vocab.txt", "tokenizer.json"))
+    beside = any(os.path.lexists(Path(folder) / name) for name in ("vocab.txt", "tokenizer.json"))
+    if beside: check_files(folder, WORD_FILES)
     try:
         tokenizer = BertTokenizer.from_pretrained(str(folder) if beside else "bert-base-uncased")
-    except (OSError, ValueError) as problem:
+    except LIBRARY_ERRORS as problem:
         said = f"no vocabulary for {folder}: put the vocab.txt of bert-base-uncased there"
         raise DataError(said) from problem
     if len(tokenizer) == vocabulary - 1: tokenizer.add_special_tokens({"bos_token": "[DEC]"})
@@ -379,8 +489,9 @@ def convert(source: Path, folder: Path) -> Path:
     if folder.exists(): raise DataError(f"{folder} exists already: delete it, or name another folder")
     writable(folder.parent)
     state, part = read_checkpoint(source), folder.with_name(f"{folder.name}.part-{os.getpid()}")
-    model = blank_model(lavis_config(state, **usual_heads(state)))
-    weights = library_weights(state, model, tower_kind(state))
+    with naming(source):
+        model = blank_model(lavis_config(state, **usual_heads(state)))
+        weights = finite(library_weights(state, model, tower_kind(state)))
     tokenizer = find_tokenizer(source.parent, model.config.qformer_config.vocab_size)
     if not weights["query_tokens"].any():
         raise DataError(f"{source} has all-zero query tokens: the checkpoint holds no trained Q-Former")
@@ -391,6 +502,10 @@ def convert(source: Path, folder: Path) -> Path:
         solid = {name: weight.contiguous() for name, weight in weights.items()}
         save_file(solid, part / "model.safetensors", metadata={"format": "pt"})
         os.replace(part, folder)  # a whole folder at once, which core.replacing does not do
+    except (OSError, SafetensorError) as problem:
+        said = refused_by_disk(problem)
+        if not said: raise
+        raise DataError(f"{folder} could not be written ({said}): make room and convert again") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     verify(source, folder)
@@ -406,8 +521,8 @@ def same_bits(ours: Tensor, theirs: Tensor) -> bool:
 def verify(source: Path, folder: Path) -> int:
     "The number of tensors of a converted folder that equal its source's; a difference raises `DataError`."
     state, stored = read_checkpoint(source), read_tensors(Path(folder) / "model.safetensors")
-    model = blank_model(lavis_config(state, **usual_heads(state)))
-    config = json.loads((Path(folder) / "config.json").read_text())
+    with naming(source): model = blank_model(lavis_config(state, **usual_heads(state)))
+    config = read_json(Path(folder) / "config.json", "convert again", dict)
     expected = library_weights(state, model, tower_kind(state))
     both, wrong = set(expected) & set(stored), set(expected) ^ set(stored)
     wrong |= {name for name in both if not same_bits(stored[name], expected[name])}
@@ -417,19 +532,120 @@ def verify(source: Path, folder: Path) -> int:
     if kept != wanted: raise DataError(f"{folder}: itc_temperature is {kept}, not {wanted} as in {source}")
     return len(expected)
 
-# %% ../../nbs/encoder/01_checkpoints.ipynb #62ae957d
-LIBRARY_ERRORS = (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError,
-                  StrictDataclassError)
+# %% ../../nbs/encoder/01_checkpoints.ipynb #20c53992
+FOLDER_FILES = (*WORD_FILES, "vocab.json", "merges.txt", "config.json", "generation_config.json",
+                "model.safetensors", "model.safetensors.index.json")
+RULES = [  # what an entry of a configuration must be: its name, a type, the least and the largest value
+    (r"(_eps|temperature)$", float, 1e-20, 1e3),
+    (r"dropout(_prob)?$", float, 0, 1),
+    (r"(layers|heads|frequency)$", int, 1, 10**5),
+    (r"(_size|num_query_tokens|_positions|_dim)$", int, 0, 10**8),
+]
 
+def odd_setting(config: dict, prefix: str = "") -> str:
+    "What is wrong with an entry of a configuration, or of one inside it; empty where nothing is."
+    for name, value in config.items():
+        where = f"{prefix}{name}"
+        if name.endswith("_config") and value is not None and not isinstance(value, dict):
+            return f"{where} is {str(value)[:60]}, not an object with named fields"
+        odd = odd_setting(value, f"{where}.") if isinstance(value, dict) and name != "text_config" else ""
+        if odd: return odd
+        rule = next((rule for rule in RULES if re.search(rule[0], name)), None)
+        if rule is None or value is None or isinstance(value, (list, dict)): continue
+        _, kind, least, most = rule
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if not number or not least <= value <= most:
+            return f"{where} is {str(value)[:60]}, not from {least} to {most}"
+    return ""
+
+# %% ../../nbs/encoder/01_checkpoints.ipynb #a27d7248
+STORED = ("F16", "BF16", "F32", "F64")
+COUNTERS = re.compile(r".*(position_ids|num_batches_tracked)$")
+
+def stored_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    "File and shape of every tensor in the safetensors files of a model folder, of which no values are read."
+    index, names, found = folder / "model.safetensors.index.json", ["model.safetensors"], {}
+    if not os.path.lexists(folder / names[0]) and index.exists():
+        listing = read_json(index, "get it again", dict).get("weight_map")
+        if not isinstance(listing, dict): raise DataError(f"{index} has no weight_map: get it again")
+        names = sorted({str(name) for name in listing.values()})
+    for path in (below(folder, name, str(index)) for name in names):
+        look_at(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                parts = {name: file.get_slice(name) for name in file.keys()}
+                about = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+        except (SafetensorError, OSError, ValueError) as problem:
+            raise DataError(f"{path} is cut off or damaged ({problem}): download it again") from problem
+        for name, (dtype, shape) in about.items():
+            if dtype not in STORED and not COUNTERS.match(name):
+                raise DataError(f"{path}: {name} holds {dtype}, not floating point: download it again")
+            found[name] = path, shape
+    return found
+
+# %% ../../nbs/encoder/01_checkpoints.ipynb #f16c285f
+def layer_count(config: dict) -> int:
+    "The largest number of layers that a configuration, or one inside it that is used, speaks of."
+    inside = [part for name, part in config.items() if isinstance(part, dict) and name != "text_config"]
+    own = [value for name, value in config.items() if name.endswith("layers") and isinstance(value, int)]
+    own += [sum(value) for name, value in config.items() if name == "depths" and isinstance(value, list)]
+    return max([0, *own, *map(layer_count, inside)])
+
+def check_folder(folder: Path, kind: type, **options) -> None:
+    "`DataError` for a local model folder whose files, settings or tensors are not those of a kind."
+    folder = Path(folder)
+    about = folder / "config.json"
+    check_files(folder, FOLDER_FILES)
+    config = read_json(about, "get the model's files again", dict)
+    if not isinstance(config.get("model_type"), str):
+        raise DataError(f"{about} names no model_type: it is not the configuration of a model")
+    odd = odd_setting(config)
+    if odd: raise DataError(f"{about}: {odd}: get it again")
+    if not any(os.path.lexists(folder / f"model.safetensors{end}") for end in ("", ".index.json")):
+        raise DataError(f"{folder} has no model.safetensors: put the weights there in that format")
+    stored = stored_tensors(folder)
+    if layer_count(config) > len(stored):
+        raise DataError(f"{about} speaks of {layer_count(config)} layers, its weights are {len(stored)}: "
+                        "get both from one place")
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        called = kind(kind.config_class.from_pretrained(folder), **options).state_dict()
+    for name, (path, shape) in stored.items():
+        if name in called and tuple(called[name].shape) != shape:
+            asked = tuple(called[name].shape)
+            raise DataError(f"{path}: {name} has the shape {shape}, config.json calls for {asked}: "
+                            "get both from one place")
+    held = sum(math.prod(shape) for _, shape in stored.values())
+    wanted = sum(value.numel() for value in called.values())
+    if wanted > 2 * held + 10**6:
+        raise DataError(f"{about} calls for {wanted / 1e6:,.0f} million numbers, the weights beside it are "
+                        f"{held / 1e6:,.1f} million: get both from one place")
+
+# %% ../../nbs/encoder/01_checkpoints.ipynb #62ae957d
 def load_model(source: str) -> tuple[Blip2ForImageTextRetrieval, list[str]]:
     "The model of a folder or hub id in Hugging Face's format, in float32, and the names of weights it lacks."
-    clip = PreTrainedConfig.get_config_dict(source)[0].get("model_type") == ClipBlip2Config.model_type
-    kind = ClipBlip2 if clip else Blip2ForImageTextRetrieval
+    if os.path.isdir(source): check_files(source, ("config.json",))
+    stated = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    kind = ClipBlip2 if stated == ClipBlip2Config.model_type else Blip2ForImageTextRetrieval
+    if os.path.isdir(source):
+        known = (Blip2Config.model_type, ClipBlip2Config.model_type)
+        if stated not in known:
+            raise DataError(f"{source}/config.json has the model_type {stated!r}, not {' or '.join(known)}: "
+                            "name the folder of a BLIP-2")
+        check_folder(source, kind)
     model, loading = kind.from_pretrained(
         source, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+    with naming(source): finite(model.state_dict())
     norm = model.vision_model.post_layernorm
     norm.eps = getattr(model.config, "ln_vision_eps", norm.eps)
     return model, sorted(name for name in loading["missing_keys"] if not name.startswith("itm_head"))
+
+def unloadable(name: str, problem: Exception, otherwise: str) -> DataError:
+    "The error that says in one line what is wrong with an encoder; `otherwise` where it is no local folder."
+    said, begin = " ".join(str(problem).split())[:300], f"encoder {name[:200]!r} could not be loaded"
+    if isinstance(problem, DataError): return DataError(f"{begin}: {problem}")
+    said = f"{type(problem).__name__}: {said}"
+    if os.path.isdir(name): return DataError(f"{begin} ({said}): get its files again")
+    return DataError(f"{begin}: {otherwise} ({said})")
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #7dae3bad
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,8 @@
 __all__ = ['NativeEncoder', 'tokenizer_of', 'pretrained', 'random_model']
 
 # %% ../../../nbs/encoder/native/01_base.ipynb #ba20f10c
+import os
+
 import torch
 from fastcore.basics import patch
 from PIL import Image
@@ -14,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from ...data.pictures import target_pad
 from ..blip2 import MINI, Blip2Encoder
-from ..checkpoints import LIBRARY_ERRORS
+from ..checkpoints import LIBRARY_ERRORS, WORD_FILES, check_files, check_folder, finite
+from ..checkpoints import naming, unloadable
 from ...files import DataError
 
 # %% ../../../nbs/encoder/native/01_base.ipynb #98830261
@@ -51,7 +54,11 @@ class NativeEncoder(nn.Module):
 # %% ../../../nbs/encoder/native/01_base.ipynb #e9fe17e5
 def tokenizer_of(name: str):
     "The tokenizer of a hub id or a local folder; of `mini`, the vocabulary that ships with the repository."
-    return AutoTokenizer.from_pretrained(str(MINI) if name == "mini" else name)
+    try:
+        if os.path.isdir(name): check_files(name, (*WORD_FILES, "vocab.json", "merges.txt"))
+        return AutoTokenizer.from_pretrained(str(MINI) if name == "mini" else name)
+    except LIBRARY_ERRORS as problem:
+        raise unloadable(name, problem, "give 'mini', a local folder or a reachable hub id") from problem
 
 @patch
 def tokenize(self: NativeEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -65,20 +72,21 @@ def pretrained(kind: type, name: str, **options):
 
     One that cannot be read, is of another kind or lacks weights raises `DataError` naming it."""
     wanted = kind.config_class.model_type
+    advice = f"give 'mini', a local folder or a reachable hub id of a {wanted} model"
     try:
+        if os.path.isdir(name): check_files(name, ("config.json",))
         found = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
         if found == wanted:
+            if os.path.isdir(name): check_folder(name, kind, **options)
             model, loading = kind.from_pretrained(
                 name, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options)
-    except LIBRARY_ERRORS as problem:
-        said = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise DataError(f"encoder {name!r} could not be loaded: give 'mini', a local folder or a reachable "
-                        f"hub id of a {wanted} model ({said})") from problem
+    except LIBRARY_ERRORS as problem: raise unloadable(name, problem, advice) from problem
     if found != wanted: raise DataError(f"encoder {name!r} is a model of type {found}, not {wanted}")
     absent = sorted(loading["missing_keys"])
     if absent:
         raise DataError(f"encoder {name!r} lacks {len(absent)} weights, such as {absent[0]}: "
                         "it is incomplete")
+    with naming(f"encoder {name!r}"): finite(model.state_dict())
     return model
 
 # %% ../../../nbs/encoder/native/01_base.ipynb #9396b623

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TEXT_NAMES', 'UNREAD', 'WEIGHTS', 'ABOUT', 'HUB', 'conv', 'Bottleneck', 'AttentionPool', 'ResNetTower', 'ClipResNet',
-           'text_sizes', 'image_sizes', 'openai_name', 'clip_resnet', 'part_of', 'read_clip', 'clip_words',
+           'text_sizes', 'image_sizes', 'openai_name', 'clip_resnet', 'part_of', 'is_code', 'read_clip', 'clip_words',
            'description', 'load_clip_resnet']
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #77f22e48
-import json, math, re, zipfile
+import math, re, zipfile
 from pathlib import Path
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import cached_file
 
-from ..checkpoints import TOWER_NAMES, is_weight_file, matched, numbers, read_tensors, shape_of
-from ...files import DataError
+from ..checkpoints import LIBRARY_ERRORS, TOWER_NAMES, WORD_FILES, check_files, check_tensors
+from ..checkpoints import finite, is_weight_file, look_at, matched, numbers, read_tensors
+from ..checkpoints import shape_of, unwrapped
+from ...files import DataError, read_json
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #560c57e3
 def conv(into: int, out: int, size: int = 1, stride: int = 1) -> nn.Conv2d:
@@ -106,16 +108,16 @@ class ClipResNet(nn.Module):
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #180d56b1
 def text_sizes(state: dict[str, Tensor], quick_gelu: bool = True) -> CLIPTextConfig:
     "The configuration of the text tower, from its tensors."
-    vocabulary, width = shape_of(state, "token_embedding.weight")
+    vocabulary, width = shape_of(state, "token_embedding.weight", 2)
     end = vocabulary - 1
     return CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        projection_dim=shape_of(state, "text_projection")[1],
+        projection_dim=shape_of(state, "text_projection", 2)[1],
         num_attention_heads=max(1, width // 64),
-        max_position_embeddings=shape_of(state, "positional_embedding")[0],
+        max_position_embeddings=shape_of(state, "positional_embedding", 2)[0],
         num_hidden_layers=numbers(state, "transformer.resblocks.")[-1] + 1,
-        intermediate_size=shape_of(state, "transformer.resblocks.0.mlp.c_fc.weight")[0],
+        intermediate_size=shape_of(state, "transformer.resblocks.0.mlp.c_fc.weight", 2)[0],
         hidden_act="quick_gelu" if quick_gelu else "gelu",
         bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
 
@@ -123,12 +125,12 @@ def text_sizes(state: dict[str, Tensor], quick_gelu: bool = True) -> CLIPTextCon
 def image_sizes(state: dict[str, Tensor]) -> dict:
     "Width, blocks and picture size of the ResNet, from its tensors."
     layers = tuple(numbers(state, f"visual.layer{stage}.")[-1] + 1 for stage in (1, 2, 3, 4))
-    positions = shape_of(state, "visual.attnpool.positional_embedding")[0]
+    positions = shape_of(state, "visual.attnpool.positional_embedding", 2)[0]
     side = math.isqrt(positions - 1)
-    if side ** 2 != positions - 1:
+    if side ** 2 != positions - 1 or not side:
         said = "not one more than a square of places"
         raise DataError(f"visual.attnpool.positional_embedding has {positions} rows: {said}")
-    return dict(width=shape_of(state, "visual.conv3.weight")[0], layers=layers, image_size=32 * side)
+    return dict(width=shape_of(state, "visual.conv3.weight", 4)[0], layers=layers, image_size=32 * side)
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #6011f063
 TEXT_NAMES = [
@@ -152,12 +154,13 @@ def clip_resnet(state: dict[str, Tensor], quick_gelu: bool = True) -> ClipResNet
     """The model in float32, in evaluation mode, with a copy of weights under OpenAI's names.
 
     Weights that are missing, left over or of another shape raise `DataError`."""
-    sizes = image_sizes(state)
+    sizes = image_sizes(check_tensors(state, UNREAD))
     with torch.random.fork_rng(devices=[]): model = ClipResNet(text_sizes(state, quick_gelu), **sizes)
     needed = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
-    turned = state | {"text_projection": state["text_projection"].T}
+    turned = state | {"text_projection": state["text_projection"].T}  # checked in text_sizes
     weights = matched(turned, model, {name: (openai_name(name),) for name in needed}, UNREAD)
     model.load_state_dict(weights)
+    finite(model.state_dict())
     return model.eval()
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #3beeca61
@@ -170,22 +173,31 @@ def part_of(name: str, file: str) -> Path | None:
     except (OSError, ValueError): return None
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #c7a7eac1
+def is_code(path: Path) -> bool:
+    "Is this a TorchScript archive?"
+    if not zipfile.is_zipfile(path): return False
+    try: return any("/code/" in name for name in zipfile.ZipFile(path).namelist())
+    except (zipfile.BadZipFile, OSError): return False  # damaged, which is told when it is read
+
 def read_clip(path: Path) -> dict[str, Tensor]:
     "The state dict in a file, out of CLIP4Cir's wrapping."
-    if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+    look_at(path)
+    if is_code(path):
         raise DataError(f"{path} is a TorchScript archive, which is code: "
                         f"use {HUB}, which has the same weights as tensors")
     content, wanted = read_tensors(path), "visual.attnpool.positional_embedding"
-    state = content.get("CLIP", content) if isinstance(content, dict) else content
-    if isinstance(state, dict) and wanted in state: return state
-    found = ", ".join(map(str, list(state)[:3])) + " ..." if isinstance(state, dict) else type(state).__name__
+    state = unwrapped(content, wanted) if isinstance(content, dict) else None
+    if state: return state
+    found = type(content).__name__
+    if isinstance(content, dict): found = ", ".join(str(name)[:80] for name in list(content)[:3]) + " ..."
     raise DataError(f"{path} is not a CLIP with a ResNet: no {wanted} among {found}")
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #b4299737
 def clip_words(name: str, end: int) -> CLIPTokenizer:
     "CLIP's tokenizer from a folder or hub id, whose end mark must be the model's."
+    if Path(name).is_dir(): check_files(name, (*WORD_FILES, "vocab.json", "merges.txt"))
     try: words = CLIPTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as problem:
+    except LIBRARY_ERRORS as problem:
         raise DataError(f"no tokenizer in {name}: put the tokenizer's files of {HUB} there, "
                         "or let the hub be reached") from problem
     if words.eos_token_id != end or len(words) != end + 1:
@@ -199,9 +211,10 @@ def description(about: Path | None) -> dict:
     "What `open_clip_config.json` says of the image tower, and `quick_gelu`; OpenAI's without the file."
     if about is None: return {"quick_gelu": True}
     try:
-        stated = json.loads(about.read_text())["model_cfg"]
+        stated = read_json(about, "download it again", dict)["model_cfg"]
         return {**stated["vision_cfg"], "quick_gelu": stated.get("quick_gelu", False)}
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+    except DataError: raise
+    except (KeyError, TypeError, AttributeError) as problem:
         raise DataError(f"{about} is not the configuration of a model: download it again") from problem
 
 # %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #b86728b9
