@@ -419,7 +419,8 @@ def marks_in_words(step: Step) -> str:
 def step_in_words(step: Step) -> str:
     "The status line after a question."
     found = f"{len(step.results)} of {step.among:,} pictures in {step.milliseconds:.0f} ms"
-    return f"{found} for “{step.text}”; {marks_in_words(step)}"
+    left = f" ({step.unheard})" if step.unheard else ""
+    return f"{found} for “{step.text}”{left}; {marks_in_words(step)}"
 
 # %% ../../nbs/retriever/09_page.ipynb #fcc970ff
 @patch

@@ -24,7 +24,7 @@ from ..data.pictures import as_rgb, open_image, picture_of
 from ..files import DataError, replacing, write_json
 from .drawn import garments_at_once
 from .index import Retriever, SHIPPED, large_enough, source_name
-from .search import Result
+from .search import Result, unheard
 from ..show.sheets import framed, verdict
 
 # %% ../../nbs/retriever/08_session.ipynb #37fb4a02
@@ -58,6 +58,7 @@ class Step:
     marks: list[str]  # target, valid or miss per result; empty where no answer is known
     among: int  # how many pictures were ranked
     milliseconds: float
+    unheard: str = ""  # what of the text the encoder does not read
 
 # %% ../../nbs/retriever/08_session.ipynb #af8fb336
 class Session:
@@ -194,7 +195,8 @@ def answer(self: Session, reference: str, text: str) -> Step:
     milliseconds = 1000 * (time.perf_counter() - started)
     marks = self.marks_of(reference, text, results)
     ranked = len(names or self.retriever)
-    return Step(reference, text.strip(), self.gate, results, marks, ranked, milliseconds)
+    left = unheard(self.retriever.method.encoder, text)
+    return Step(reference, text.strip(), self.gate, results, marks, ranked, milliseconds, left)
 
 # %% ../../nbs/retriever/08_session.ipynb #41848905
 @patch

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SMOKE', 'epoch_steps', 'stopped_at', 'train_epoch', 'tower_aside', 'restart', 'one_epoch', 'tidy', 'keep_lessons',
-           'finish', 'read_finished', 'fit_alone', 'fit', 'smoke_run']
+           'finish', 'read_finished', 'say_what_is_cut', 'fit_alone', 'fit', 'smoke_run']
 
 # %% ../../nbs/trainer/06_loop.ipynb #11523d9f
-import contextlib
+import contextlib, warnings
 from pathlib import Path
 
 import torch
@@ -140,10 +140,21 @@ def read_finished(method: Method, data: TrainingSet, run: Run) -> list[dict]:
     with contextlib.suppress(OSError): tidy(run)  # it may have been stopped in its last move
     return run.events
 
+# %% ../../nbs/trainer/06_loop.ipynb #673e224b
+def say_what_is_cut(method: Method, data: TrainingSet) -> None:
+    "Warn of training texts that the encoder does not read to their end."
+    tokenizer, longest = method.encoder.tokenizer, getattr(method.encoder, "longest", 32)
+    texts = list(dict.fromkeys(method.query_text(triplet) for triplet in data.triplets))
+    cut = [text for text, ids in zip(texts, tokenizer(texts)["input_ids"]) if len(ids) > longest]
+    if cut:
+        warnings.warn(f"{len(cut):,} of {len(texts):,} training texts are longer than {longest} word pieces, and "
+                      f"their ends are not read, such as of {cut[0][:60]!r}")
+
 # %% ../../nbs/trainer/06_loop.ipynb #363abc4b
 def fit_alone(method: Method, data: TrainingSet, run: Run, evaluate, until: int | None) -> list[dict]:
     "`fit`, once nobody else writes into the folder of the run."
     config = run.config
+    if method.encoder.tokenizer is not None: say_what_is_cut(method, data)
     data.labels = method.prepare(data.dataset, data.tokens, run.folder)
     if config.select_on != "last" and evaluate is None:
         raise ValueError(f"select_on={config.select_on} needs an evaluate function: "
