@@ -150,6 +150,7 @@ def read_json(path: Path, get: str):
     """Parsed JSON. A missing file raises `DataError` that ends in `get`, what to do, and says whether it lies
     elsewhere; a malformed one raises it too."""
     if os.path.lexists(path): return files.read_json(path)
+    if len(str(path)) > 500: raise DataError(f"{str(path)[:100]}… is too long for a path: give another root")
     raise DataError(f"{path} is missing{lies_elsewhere(path)}: {get}")
 
 # %% ../../nbs/data/03_base.ipynb #a257a23c

@@ -7,6 +7,7 @@ __all__ = ['CIRR_FIELDS', 'PLACES', 'CIRR', 'cirr_lacks', 'is_rating', 'cirr_pos
            'cirr_files', 'load_cirr', 'cirr_paths', 'check_path']
 
 # %% ../../nbs/data/05_cirr.ipynb #4b51ba75
+import os
 from pathlib import Path
 
 from .base import CIRDataset, DatasetSpec, Triplet, image_name, known, names_in, number, origin
@@ -84,7 +85,7 @@ def cirr_files(root: Path, paths: dict[str, str]) -> dict[str, Path]:
 def load_cirr(root: Path | str, split: str) -> CIRDataset:
     "CIRR's `train`, `val` or `test1` from `captions/` and `image_splits/` under `root`."
     root = Path(root)
-    base = root / "cirr" if (root / "cirr" / "captions").is_dir() else root
+    base = root / "cirr" if os.path.isdir(root / "cirr" / "captions") else root
     if any(name.startswith("cap.dress.") for name in names_in(base / "captions")):
         wrong = "is in FashionIQ's layout, not CIRR's: use dataset fashioniq, or another root"
         raise DataError(f"{root} {wrong}")

@@ -72,9 +72,9 @@ def pictures_by_category(folder: Path) -> dict[str, Path]:
     return files
 
 def fashioniq_files(root: Path) -> dict[str, Path]:
-    "Files of FashionIQ's pictures by name, from the first folder below the root that could hold them."
-    folder = next((root / name for name in PICTURE_FOLDERS if (root / name).is_dir()), root)
-    return pictures_by_category(folder) if folder != root else {}
+    "Files of FashionIQ's pictures by name, from the first folder below the root that holds any."
+    held = (pictures_by_category(root / name) for name in PICTURE_FOLDERS)
+    return next(filter(None, held), {})
 
 # %% ../../nbs/data/04_fashioniq.ipynb #dd3d7569
 def fashioniq_category(root: Path, category: str, split: str) -> tuple[list[str], list[Triplet]]:
