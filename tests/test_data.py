@@ -426,7 +426,8 @@ def test_questions_of_another_form_are_refused_by_file_name(tmp_path, content):
 
 @pytest.fixture
 def damaged(tmp_path):
-    fashioniq(tmp_path, ids=("good", "cut", "nothing", "page", "absent"), rows=[])
+    rows = [dict(candidate="good", target="cut", captions=["is blue", "is darker"])]
+    fashioniq(tmp_path, ids=("good", "cut", "nothing", "page", "absent"), rows=rows)
     noise = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     for name in ("good.png", "cut.jpg"):
         (tmp_path / "images").mkdir(exist_ok=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .base import CIRDataset
-from .datasets import SPECS
+from .datasets import SPECS, odd_files
 from .pictures import open_image
-from ..files import DataError
+from ..files import DataError, regular
 
 # %% ../../nbs/data/09_verify.ipynb #49874827
 def counts(dataset: CIRDataset) -> dict[str, tuple[int, int]]:
@@ -45,7 +45,7 @@ SMALLEST = 8  # pixels; what is smaller is a placeholder
 
 def picture_problem(path: Path) -> str | None:
     "What is wrong with a picture file, or None."
-    try: size = open_image(path).size
+    try: size = open_image(regular(path)).size
     except DataError as error: return str(error)
     if min(size) >= SMALLEST: return None
     return f"{path} is {size[0]} x {size[1]} pixels, a placeholder: get the file again"
@@ -86,6 +86,7 @@ def verify(dataset: str, root: str, split: str) -> bool:
         print(f"{dataset} {split}: {problem}")
         return False
     told, wrong = count_report(found)
+    wrong += odd_files(found)
     for text in (told, *wrong): print(f"{dataset} {split}: {text}")
     report = verify_images(found)
     print(f"{dataset} {split}: {report}")

@@ -1,0 +1,30 @@
+"Malformed data sets of every kind are refused in one line that says where, harmless ones are read as before, and nothing hangs. `-m slow` tries all cases, here it is a sample."
+import random
+from collections import Counter
+
+import pytest
+
+from faults.datasets import cases
+from faults.frame import check
+
+EVERY = list(cases(0))
+LIGHT = [case for case in EVERY if case.kind != "garments"]  # drawing the garments takes longer than all else
+
+
+def test_there_are_enough_cases_of_each_kind():
+    counts = Counter(case.kind for case in EVERY)
+    assert min(counts.values()) >= 20 and len(counts) == 6 and len({case.name for case in EVERY}) == len(EVERY)
+
+
+@pytest.mark.parametrize("case", random.Random(0).sample(LIGHT, 25), ids=lambda case: case.name)
+def test_a_sample(case, tmp_path): assert check(case, tmp_path) == "held"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_every_case(seed, tmp_path):
+    found = {}
+    for i, case in enumerate(cases(seed)):
+        (tmp_path / str(i)).mkdir()
+        found[case.name] = check(case, tmp_path / str(i))
+    assert not {name: verdict for name, verdict in found.items() if verdict != "held"}
