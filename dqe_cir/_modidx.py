@@ -1440,6 +1440,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'dqe_cir.retriever.index.pictures_of': ( 'retriever/index.html#pictures_of',
                                                                                   'dqe_cir/retriever/index.py'),
                                          'dqe_cir.retriever.index.placed': ('retriever/index.html#placed', 'dqe_cir/retriever/index.py'),
+                                         'dqe_cir.retriever.index.places_of': ( 'retriever/index.html#places_of',
+                                                                                'dqe_cir/retriever/index.py'),
                                          'dqe_cir.retriever.index.plain_text': ( 'retriever/index.html#plain_text',
                                                                                  'dqe_cir/retriever/index.py'),
                                          'dqe_cir.retriever.index.read_or_reason': ( 'retriever/index.html#read_or_reason',

@@ -10,6 +10,7 @@ import types
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import save_file
 from torch.testing import assert_close
@@ -18,7 +19,6 @@ from dqe_cir.core import DataError
 from dqe_cir.data import Triplet
 from dqe_cir.encoder import cache_tokens, load_encoder
 from dqe_cir.evaluator.scoring import encode_gallery, encode_queries
-from dqe_cir.files import owned
 from dqe_cir.methods.info_nce import InfoNCE
 from dqe_cir.retriever import Retriever
 from dqe_cir.retriever.attention import not_worth_showing
@@ -424,7 +424,8 @@ def test_what_a_session_keeps_of_uploads_is_bounded(bare, folder):
 
 
 def test_two_cannot_write_into_one_store(folder, tmp_path, bare):
-    with owned(tmp_path / "store"), pytest.raises(DataError, match="is being written to by"): bare.index(folder, tmp_path / "store")
+    (tmp_path / "store").mkdir()
+    with FileLock(tmp_path / "store" / ".lock"), pytest.raises(DataError, match="is being written to by"): bare.index(folder, tmp_path / "store")
 
 
 def test_a_reader_of_heic_is_used_where_it_is_installed(folder, bare, monkeypatch):

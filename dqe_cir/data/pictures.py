@@ -98,10 +98,12 @@ MOST_PIXELS, LONGEST_SIDE, MOST_BYTES = 178_956_970, 2**20, 2**30
 LARGE, BAND = 2**25, 2**22  # pixels of a picture that is read as it is, and of one band of a larger one
 ONE_LARGE = threading.Lock()
 
+# %% ../../nbs/data/01_pictures.ipynb #e08ab686
 def divided_by(size: tuple[int, int]) -> int:
     "What the sides of a picture are divided by so that at most `LARGE` pixels are left."
     return math.ceil(math.sqrt(math.prod(size) / LARGE)) or 1
 
+# %% ../../nbs/data/01_pictures.ipynb #e05b74bb
 def reduced(picture: Image.Image, ground: str = "black") -> Image.Image:
     "Upright RGB of a picture with more than `LARGE` pixels, made smaller."
     factor = divided_by(picture.size)
@@ -130,6 +132,7 @@ def png_alone(content: bytes) -> bytes:
         place = end
     return b"".join(kept)
 
+# %% ../../nbs/data/01_pictures.ipynb #13d1ee99
 def jpeg_alone(content: bytes) -> bytes:
     "A JPEG file without comments and without the notes of cameras and programs."
     kept, place = [content[:2]], 2
@@ -141,6 +144,7 @@ def jpeg_alone(content: bytes) -> bytes:
         place = end
     return b"".join(kept) + content[place:]
 
+# %% ../../nbs/data/01_pictures.ipynb #ad17676c
 def without_notes(content: bytes) -> bytes:
     "A picture's file without what stands beside the pixels; of other formats the file itself."
     if content.startswith(b"\x89PNG\r\n\x1a\n"): return png_alone(content)
@@ -153,14 +157,15 @@ def header(content: bytes):
     "A picture of which the header is read; only the formats that are meant are tried."
     formats = (*FORMATS, "HEIF") if is_heic(content) and "HEIF" in Image.OPEN else FORMATS
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # on side notes, and on what is large but not refused
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # on side notes, and on what is merely large
         with Image.open(io.BytesIO(content), formats=formats) as picture:
             width, height = picture.size
             if min(width, height) < 1 or max(width, height) > LONGEST_SIDE or width * height > MOST_PIXELS:
-                raise ValueError(f"{width} x {height} pixels, {LONGEST_SIDE:,} a side and {MOST_PIXELS:,} in all "
-                                 "are opened at most")
+                raise ValueError(f"{width} x {height} pixels, {LONGEST_SIDE:,} a side and {MOST_PIXELS:,} "
+                                 "in all are opened at most")
             yield picture
 
+# %% ../../nbs/data/01_pictures.ipynb #c408af1f
 def unpacked(content: bytes, ground: str = "black", side: int = 0) -> Image.Image:
     "Upright RGB of the bytes of a file; with `side`, a JPEG may come smaller, but not below it."
     with header(content) as picture:
@@ -179,6 +184,7 @@ def reason_of(problem: Exception, content: bytes) -> str:
     return said if isinstance(problem, (OSError, SyntaxError, ValueError)) and said else \
         f"{type(problem).__name__}: {said}".strip(": ")
 
+# %% ../../nbs/data/01_pictures.ipynb #b5d963cc
 def picture_of(content: bytes, name: str, ground: str = "black", side: int = 0) -> Image.Image:
     "Upright RGB of the bytes of a picture, as `unpacked`; `DataError` names what is none."
     if not content: raise DataError(f"{name} is empty (0 bytes): get the file again")
@@ -195,9 +201,10 @@ def picture_of(content: bytes, name: str, ground: str = "black", side: int = 0) 
 # %% ../../nbs/data/01_pictures.ipynb #b65fb124
 def open_image(path: Path | str, ground: str = "black", side: int = 0) -> Image.Image:
     """The upright 8-bit RGB picture of a file; `DataError` names one that is absent, unreadable, cut short or
-    too large. What is transparent shows the ground; with `side`, a JPEG may come smaller, but not below it."""
+    too large. What is transparent shows the ground; with `side`, a JPEG may come smaller, not below it."""
     path = regular(path)
-    if path.stat().st_size > MOST_BYTES: raise DataError(f"{path} has more than {MOST_BYTES:,} bytes: make it smaller")
+    if path.stat().st_size > MOST_BYTES:
+        raise DataError(f"{path} has more than {MOST_BYTES:,} bytes: make it smaller")
     return picture_of(read_bytes(path), str(path), ground, side)
 
 # %% ../../nbs/data/01_pictures.ipynb #5d2c9dc1

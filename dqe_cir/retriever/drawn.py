@@ -50,7 +50,8 @@ class DrawnOnDemand(Mapping):
         if name not in self.names: raise KeyError(name)
         drawn = self.folder / "fashioniq" / "images" / f"{name}.png"
         if drawn.exists(): return drawn
-        if name not in self.garments: raise DataError(f"{name!r} is no garment of {self.folder.name}: index again")
+        if name not in self.garments:
+            raise DataError(f"{name!r} is no garment of {self.folder.name}: index them again")
         path = self.folder.with_name(f"{self.folder.name}.some") / f"{name}.png"
         if not path.exists(): self.draw(name, path)
         return path

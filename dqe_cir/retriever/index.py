@@ -6,7 +6,7 @@
 __all__ = ['CALLED_PICTURES', 'LEADS_NOWHERE', 'SHIPPED', 'MADE', 'recognised', 'files_below', 'picture_files', 'content_key',
            'large_enough', 'readable', 'newest_run', 'model_folder', 'Retriever', 'heading', 'IndexReport', 'compared',
            'read_or_reason', 'Pictures', 'content_keys', 'source_name', 'pictures_of', 'record_of', 'made_before',
-           'keep_records', 'digest_of', 'as_text', 'from_text', 'plain_text', 'unsound', 'stored_index',
+           'keep_records', 'digest_of', 'as_text', 'from_text', 'plain_text', 'places_of', 'unsound', 'stored_index',
            'stored_vectors', 'placed']
 
 # %% ../../nbs/retriever/04_index.ipynb #22d6ad59
@@ -49,6 +49,7 @@ def recognised(path: Path) -> bool:
 # %% ../../nbs/retriever/04_index.ipynb #aaf27220
 LEADS_NOWHERE = "a link that leads nowhere: is the disk there?"
 
+# %% ../../nbs/retriever/04_index.ipynb #aa6c33e8
 def files_below(folder: Path, closed: dict[str, str]) -> Iterator[Path]:
     "Every file below a folder that is not hidden; what cannot be entered is noted in `closed`."
     waiting, links, met = [folder], [], set()
@@ -60,7 +61,8 @@ def files_below(folder: Path, closed: dict[str, str]) -> Iterator[Path]:
             met.add((about.st_dev, about.st_ino))
             with os.scandir(place) as entries: found = sorted(entries, key=lambda entry: entry.name)
         except OSError as problem:
-            closed[place.relative_to(folder).as_posix()] = f"the folder could not be entered: {problem.strerror}"
+            name = place.relative_to(folder).as_posix()
+            closed[name] = f"the folder could not be entered: {problem.strerror}"
             continue
         for entry in found:
             if entry.name.startswith("."): continue
@@ -70,6 +72,7 @@ def files_below(folder: Path, closed: dict[str, str]) -> Iterator[Path]:
             elif path.resolve() not in folder.resolve().parents: links.append(path)
             else: closed[path.relative_to(folder).as_posix()] = "a link to a folder that this one lies in"
 
+# %% ../../nbs/retriever/04_index.ipynb #3e8762b5
 def picture_files(folder: Path | str) -> tuple[dict[str, Path], dict[str, str]]:
     """The pictures below a folder, id to file, in the order of their ids;
     and the subfolders and links that could not be entered, id to reason."""
@@ -95,6 +98,7 @@ def large_enough(picture: Image.Image, name: str) -> Image.Image:
     if min(width, height) >= 8: return picture
     raise DataError(f"{name} is {width} x {height} pixels: too small to show anything")
 
+# %% ../../nbs/retriever/04_index.ipynb #d8329cd6
 def readable(path: Path, shown: str = "") -> Image.Image:
     "The first frame of a picture as upright RGB; `DataError` says what is wrong with the file."
     name = shown or str(path)
@@ -229,7 +233,7 @@ def compared(before: dict[str, str], after: dict[str, str]) -> IndexReport:
 @torch.no_grad()
 def image_tokens(self: Retriever, pictures: list[Image.Image | Tensor]) -> Tensor:
     """What the encoder makes of pictures, or of what its transform made of them (3,S,S), as `cache_tokens`
-    keeps it: float32 (N,P,W) on the device of the model; (N,3,S,S) where the method trains its image tower."""
+    keeps it: float32 (N,P,W) on the model's device; (N,3,S,S) where the method trains its image tower."""
     encoder = self.method.encoder
     squares = [picture if isinstance(picture, Tensor) else encoder.transform(picture) for picture in pictures]
     return encoder.image_tokens(torch.stack(squares)).float().to(self.device)
@@ -250,7 +254,8 @@ def read_or_reason(files: Mapping[str, Path], name: str, transform: Callable) ->
 # %% ../../nbs/retriever/04_index.ipynb #05ee9a0d
 @patch
 def encode_files(self: Retriever, files: Mapping[str, Path], wanted: dict[str, str], known: dict[str, Tensor],
-                 progress: Callable | None = None, size: int = 16, keep: Callable | None = None) -> dict[str, str]:
+                 progress: Callable | None = None, size: int = 16,
+                 keep: Callable | None = None) -> dict[str, str]:
     """Encode pictures, content key to id, and put them into `known`, content key to embedding; `keep` gets
     those of each batch as well. Returns what could not be read, key to reason."""
     broken, jobs, transform = {}, list(wanted.items()), self.method.encoder.transform
@@ -286,7 +291,8 @@ def content_keys(files: Mapping[str, Path], unreadable: dict[str, str]) -> dict[
             if path.is_file(): keys[name] = content_key(path)
             else: unreadable[name] = "the file is a broken link, or no regular file"
         except (OSError, DataError) as problem:
-            unreadable[name] = f"the file could not be read: {getattr(problem, 'strerror', None) or 'it is gone'}"
+            reason = getattr(problem, "strerror", None) or "it is gone"
+            unreadable[name] = f"the file could not be read: {reason}"
     return keys
 
 # %% ../../nbs/retriever/04_index.ipynb #53f4a32a
@@ -312,12 +318,14 @@ def pictures_of(source: Path | str | CIRDataset) -> Pictures:
 # %% ../../nbs/retriever/04_index.ipynb #83e00696
 MADE = "index.made"
 
+# %% ../../nbs/retriever/04_index.ipynb #bb120847
 def record_of(key: str, vector: Tensor) -> bytes:
     "The record of an embedding (T,D): 16 bytes for its key, its numbers in half precision, 4 to check both."
     named = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).digest()
     body = named + vector.half().contiguous().numpy().tobytes()
     return body + zlib.crc32(body).to_bytes(4, "big")
 
+# %% ../../nbs/retriever/04_index.ipynb #27290236
 def made_before(path: Path, model: str) -> tuple[dict[bytes, Tensor], int]:
     "The embeddings (T,D) of a model in a file of records, by hash of their key; and where the last one ends."
     if not path.exists(): return {}, 0
@@ -366,8 +374,8 @@ def index(self: Retriever, source: Path | str | CIRDataset, store: Path | str | 
     if store is not None: self.read_index(store)
     before = dict(zip(self.ids, self.keys)) if self.source == pictures.name else {}
     if before and not pictures.keys:
-        raise DataError(f"{pictures.name} holds no readable picture, and its index knows {len(before):,}: is the "
-                        "disk there? The index stays as it is; for an empty one use another store")
+        raise DataError(f"{pictures.name} holds no readable picture, and its index knows {len(before):,}: is "
+                        "the disk there? The index stays as it is; for an empty one use another store")
     broken = self.encode_missing(pictures, store, progress)
     pictures.unreadable |= {name: broken[key] for name, key in pictures.keys.items() if key in broken}
     report = compared(before, dict(zip(self.ids, self.keys)))
@@ -440,6 +448,7 @@ def as_text(name: str | None) -> str | dict | None:
     except UnicodeEncodeError: return {"bytes": os.fsencode(name).hex()}
     return name
 
+# %% ../../nbs/retriever/04_index.ipynb #9ed2e467
 def from_text(value) -> str:
     "The way back; `ValueError` for what is no name."
     if isinstance(value, dict): value = os.fsdecode(bytes.fromhex(value.get("bytes", "")))
@@ -450,35 +459,41 @@ def from_text(value) -> str:
 @patch
 def described(self: Retriever) -> dict:
     "What `index.json` says of the indexed pictures and of their embeddings."
-    about = dict(model=self.model_key(), source=as_text(self.source), ids=[as_text(name) for name in self.ids],
-                 keys=self.keys, unreadable={plain_text(name): plain_text(reason)
-                                             for name, reason in self.unreadable.items()}, root=None, files=None)
-    if not isinstance(self.files, DrawnOnDemand) and self.files:
-        places = [os.path.abspath(path) for path in self.files.values()]
-        root = os.path.abspath(self.root)
-        if any(os.path.commonpath([root, place]) != root for place in places):  # some lie beside it
-            root = os.path.commonpath([os.path.dirname(place) for place in places])
-        about |= dict(root=as_text(root), files=[as_text(os.path.relpath(place, root)) for place in places])
-    return about | dict(vectors=seal(self.embeddings.half()))
+    root, files = places_of(self.files, self.root)
+    return dict(model=self.model_key(), source=as_text(self.source), ids=list(map(as_text, self.ids)),
+                keys=self.keys, root=root, files=files, vectors=seal(self.embeddings.half()),
+                unreadable={plain_text(name): plain_text(why) for name, why in self.unreadable.items()})
 
+# %% ../../nbs/retriever/04_index.ipynb #9a37fc1f
 def plain_text(words: str) -> str:
     "Words with a question mark for every byte that is no text."
     return words.encode("utf-8", "replace").decode()
+
+# %% ../../nbs/retriever/04_index.ipynb #29fa17ab
+def places_of(files: Mapping[str, Path], root: Path | None) -> tuple:
+    "The folder that files are below, and their places in it, as JSON holds them; None for drawn pictures."
+    if isinstance(files, DrawnOnDemand) or not files: return None, None
+    places, root = [os.path.abspath(path) for path in files.values()], os.path.abspath(root)
+    if any(os.path.commonpath([root, place]) != root for place in places):  # some lie beside it
+        root = os.path.commonpath([os.path.dirname(place) for place in places])
+    return as_text(root), [as_text(os.path.relpath(place, root)) for place in places]
 
 # %% ../../nbs/retriever/04_index.ipynb #4e6c821c
 @patch
 def write_index(self: Retriever, folder: Path | str) -> None:
     "Write `index.safetensors` (embeddings) and `index.json` (ids, keys, places of pictures) into a folder."
     about, vectors = self.described(), self.embeddings.half().contiguous()
-    said = dict(keys=digest_of(self.keys), listing=seal(about), model=about["model"], contents=json.dumps(self.keys))
-    write_tensors(Path(folder, "index.safetensors"), {"embeddings": vectors}, said | dict(vectors=about["vectors"]))
+    said = dict(keys=digest_of(self.keys), listing=seal(about), contents=json.dumps(self.keys),
+                model=about["model"], vectors=about["vectors"])
+    write_tensors(Path(folder, "index.safetensors"), {"embeddings": vectors}, said)
     write_json(Path(folder, "index.json"), about)
 
 # %% ../../nbs/retriever/04_index.ipynb #041caea3
 def unsound(about: dict, vectors: Tensor | None, said: dict) -> str:
     "What is wrong with a stored index, in words; empty where it is sound. The first version kept no hashes."
-    lists = {name: about.get(name) for name in ("ids", "keys", "files") if about.get("files") or name != "files"}
-    if not all(isinstance(values, list) for values in lists.values()): return "ids, keys and files are no lists"
+    lists = {name: about.get(name) for name in ("ids", "keys")}
+    if about.get("files"): lists["files"] = about["files"]
+    if not all(isinstance(values, list) for values in lists.values()): return "ids, keys, files are no lists"
     if not names_in(lists["keys"]) or not isinstance(about.get("model"), str): return "keys are no names"
     if vectors is None or vectors.dim() != 3 and len(lists["ids"]): return "there are no embeddings (N,T,D)"
     if len({len(vectors), *map(len, lists.values())}) > 1: return "the lists are not of one length"
@@ -488,6 +503,7 @@ def unsound(about: dict, vectors: Tensor | None, said: dict) -> str:
     if said.get("listing") != seal(about): return "the description was changed"
     return "" if about.get("vectors") == seal(vectors) else "the embeddings were changed"
 
+# %% ../../nbs/retriever/04_index.ipynb #ce59cd47
 def stored_index(folder: Path | str) -> tuple[dict, Tensor] | None:
     """Description and embeddings (N,T,D) as `write_index` wrote them; None where there are none, `DataError`
     where they are damaged."""
@@ -498,15 +514,17 @@ def stored_index(folder: Path | str) -> tuple[dict, Tensor] | None:
         problem = unsound(about, tensors.get("embeddings"), said)
     except DataError as found: problem = str(found).removesuffix(": get the file again")
     if not problem: return about, tensors["embeddings"]
-    raise DataError(f"{description} and {vectors.name} do not fit together ({problem}): index the pictures again, "
-                    "or remove both")
+    raise DataError(f"{description} and {vectors.name} do not fit together ({problem}): index the pictures "
+                    "again, or remove both")
 
+# %% ../../nbs/retriever/04_index.ipynb #a94d8801
 def stored_vectors(folder: Path | str, model: str) -> dict[str, Tensor]:
     "The embeddings (T,D) of a model in a store by content key, whatever became of their description."
     try:
         tensors, said = read_tensors(Path(folder, "index.safetensors"))
         keys, vectors = parse_json(said["contents"]), tensors["embeddings"]
-        sound = said["vectors"] == seal(vectors) and said["keys"] == digest_of(keys) and len(keys) == len(vectors)
+        sound = (said["vectors"], said["keys"]) == (seal(vectors), digest_of(keys))
+        sound = sound and len(keys) == len(vectors)
     except (ValueError, KeyError, TypeError): return {}
     return dict(zip(keys, vectors.float())) if sound and said.get("model") == model else {}
 
@@ -522,6 +540,7 @@ def placed(about: dict) -> tuple[Mapping[str, Path], Path | None]:
     if root is None and ids: return DrawnOnDemand(ids, source.split()[0]), None
     return {name: below(root, file, "index.json") for name, file in zip(ids, files, strict=True)}, root
 
+# %% ../../nbs/retriever/04_index.ipynb #be79ae03
 @patch
 def take(self: Retriever, stored: tuple[dict, Tensor] | None) -> bool:
     "Search a stored index of this very model from now on; False where there is none, or of another model."
@@ -534,12 +553,14 @@ def take(self: Retriever, stored: tuple[dict, Tensor] | None) -> bool:
     self.seen, self.asked = {}, {}
     return True
 
+# %% ../../nbs/retriever/04_index.ipynb #fae5b04a
 @patch
 def read_index(self: Retriever, folder: Path | str) -> bool:
     "Read an index of this very model; False where there is none, or none that fits and is sound."
     try: return self.take(stored_index(folder))
     except DataError: return False
 
+# %% ../../nbs/retriever/04_index.ipynb #8a8a0791
 @patch
 def is_stored(self: Retriever, folder: Path | str) -> bool:
     "Does a folder hold just this index?"

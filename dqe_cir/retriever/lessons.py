@@ -59,18 +59,20 @@ def nearest(self: Lessons, query: Tensor, count: int = 1) -> list[Lesson]:
 # %% ../../nbs/retriever/02_lessons.ipynb #c38e3029
 TAUGHT = "negatives.json"
 
+# %% ../../nbs/retriever/02_lessons.ipynb #09e3303e
 def names_in(values) -> bool:
     "Is it a list of names?"
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
+# %% ../../nbs/retriever/02_lessons.ipynb #117816a3
 def told_lessons(path: Path) -> list[Triplet]:
-    "What a run was taught, as triplets whose subset are the negatives; `DataError` names a row of another form."
+    "What a run was taught: triplets whose subset are the negatives; `DataError` names a row of another form."
     told = []
     for number, row in enumerate(read_json(path, "train the run again", list), 1):
         fields = [row.get(name) for name in ("reference", "target")] if isinstance(row, dict) else [None]
         if not (names_in(fields) and names_in(row.get("captions")) and names_in(row.get("negatives"))):
-            raise DataError(f"{path}, row {number}, is no lesson: it needs reference and target, captions and "
-                            "negatives; train the run again")
+            raise DataError(f"{path}, row {number}, is no lesson: it needs reference and target, captions "
+                            "and negatives; train the run again")
         told.append(Triplet(*fields, tuple(row["captions"]), subset=tuple(row["negatives"])))
     return told
 
@@ -121,7 +123,7 @@ def taught_rows(about: dict) -> list[tuple]:
     "The lessons that rows of numbers stand for; `ValueError` for a row of another form."
     ids, rows, texts = (about.get(name) for name in ("ids", "rows", "texts"))
     if not names_in(ids) or len(set(ids)) < len(ids): raise ValueError("ids is no list of different names")
-    if not names_in(texts) or not isinstance(rows, list): raise ValueError("rows and texts are no lists of them")
+    if not names_in(texts) or not isinstance(rows, list): raise ValueError("rows and texts are no lists")
     if len(rows) != len(texts): raise ValueError(f"{len(rows)} rows and {len(texts)} texts")
     taught = []
     for number, (row, text) in enumerate(zip(rows, texts), 1):
@@ -131,6 +133,7 @@ def taught_rows(about: dict) -> list[tuple]:
         taught.append((reference, text, target, tuple(negatives)))
     return taught
 
+# %% ../../nbs/retriever/02_lessons.ipynb #a2b726f6
 def read_lessons(folder: Path | str) -> Lessons | None:
     "The lessons in a folder; None where there are none, `DataError` where they are damaged."
     rows, vectors = Path(folder, ROWS), Path(folder, VECTORS)

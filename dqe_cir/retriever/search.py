@@ -104,6 +104,7 @@ def file_of(self: Retriever, reference) -> Path | None:
         return path if path.is_file() else None
     except (TypeError, OSError, RuntimeError): return None  # no path at all, or one of nobody's home
 
+# %% ../../nbs/retriever/05_search.ipynb #f61f6fd0
 @patch
 def opened(self: Retriever, reference) -> tuple[object, Image.Image]:
     "What identifies a reference, and its picture: an indexed id, a file, or a picture."
@@ -169,6 +170,7 @@ def composed(self: Retriever, tokens: Tensor, words: str) -> ComposedQuery | Rea
     query = self.method.encode_query(tokens, [words])
     return read_query(self.method, query) if self.reads else plain(query)
 
+# %% ../../nbs/retriever/05_search.ipynb #e1e0395e
 @patch
 def ask(self: Retriever, reference, text: str) -> ComposedQuery | ReadQuery:
     "The composed query of a reference and a text; of a method without parts, a plain query with a gate of 1."
@@ -192,6 +194,7 @@ def same_file(self: Retriever, file: Path, key: str) -> set[str]:
     there = [name for name in alike if os.path.exists(self.files[name])]
     return {name for name in there if os.path.samefile(self.files[name], file)}
 
+# %% ../../nbs/retriever/05_search.ipynb #871d6491
 @patch
 def itself(self: Retriever, reference, content: str | None = None) -> tuple[set[str], str | None]:
     """The ids that are the reference, by place or else by content; and, where none is, its content key if it
@@ -205,8 +208,8 @@ def itself(self: Retriever, reference, content: str | None = None) -> tuple[set[
     if file is not None:
         content = content_key(file)
         spelled = {os.path.abspath(file), os.path.realpath(file)}
-        found = set() if drawn else {name for name, path in self.files.items() if os.path.abspath(path) in spelled}
-        found |= self.same_file(file, content)
+        found = self.same_file(file, content)
+        if not drawn: found |= {name for name, path in self.files.items() if os.path.abspath(path) in spelled}
         if found: return found, None
     found = {name for name, key in zip(self.ids, self.keys) if key == content}
     return found, None if found else content

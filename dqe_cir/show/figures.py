@@ -115,7 +115,8 @@ def table_title(dataset: CIRDataset, protocol: str) -> str:
 def text_table(rows: dict[str, dict[str, str]], columns: list[str], title: str,
                bold: str | None = None) -> Markdown:
     "A Markdown table of ready-made cells, one row per system; a dash where a system has no such cell."
-    lines = [f"**{html.escape(title, quote=False)}**", "", "| | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+    head = ["| | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+    lines = [f"**{html.escape(title, quote=False)}**", "", *head]
     for name, values in rows.items():
         cells = [values.get(column) or "–" for column in columns]
         if name == bold: name, cells = f"**{name}**", [f"**{text}**" for text in cells]

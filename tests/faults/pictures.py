@@ -183,7 +183,7 @@ def cases(seed: int) -> Iterator[Case]:
     for kind in range(1, 9): yield Case("turned among broken notes", str(kind), turned(kind, draw()), "accept")
     others = {"page.png": b"<!doctype html><title>404</title>", "pointer.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 9\n", "empty.webp": b"", "zeros.png": bytes(5000),
               "random.jpg": rng.randbytes(3000), "words.bmp": b"shopping list\n" * 9, "archive.png": b"PK\3\4" + rng.randbytes(200), "document.png": b"%PDF-1.7\n" + rng.randbytes(200),
-              "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n(/tmp/dqe-fault) (w) file closefile\nshowpage\n", "drawing.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+              "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n(made-by-a-picture) (w) file closefile\nshowpage\n", "drawing.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
               "metafile.png": b"\xd7\xcd\xc6\x9a" + bytes(60), "layers.png": b"8BPS\0\1" + bytes(60), "film.jpg": b"\0\0\0\x18ftypmp42" + bytes(60), "phone.heic": b"\0\0\0\x18ftypheic" + bytes(60),
               "signature only.png": b"\x89PNG\r\n\x1a\n", "two bytes.jpg": b"\xff\xd8", "pickle.png": b"\x80\4\x95" + bytes(30)}
     for name, content in others.items(): yield Case("stands in for a picture", name, standing_in(name, content))
