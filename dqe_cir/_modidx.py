@@ -1620,8 +1620,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                           'dqe_cir.retriever.search.gate_shares': ( 'retriever/search.html#gate_shares',
                                                                                     'dqe_cir/retriever/search.py'),
                                           'dqe_cir.retriever.search.gated': ('retriever/search.html#gated', 'dqe_cir/retriever/search.py'),
-                                          'dqe_cir.retriever.search.pieces': ( 'retriever/search.html#pieces',
-                                                                               'dqe_cir/retriever/search.py'),
                                           'dqe_cir.retriever.search.plain': ('retriever/search.html#plain', 'dqe_cir/retriever/search.py'),
                                           'dqe_cir.retriever.search.read_query': ( 'retriever/search.html#read_query',
                                                                                    'dqe_cir/retriever/search.py'),

@@ -60,10 +60,12 @@ def px(width: int | None = None, height: int | None = None, **more) -> w.Layout:
     size = {name: f"{value}px" for name, value in (("width", width), ("height", height)) if value}
     return w.Layout(**size, **more)
 
+# %% ../../nbs/retriever/09_page.ipynb #b5ce8ad8
 def picture_box(layout: w.Layout) -> w.Image:
     "A place for a picture, blank at first."
     return w.Image(value=png(BLANK), format="png", layout=layout)
 
+# %% ../../nbs/retriever/09_page.ipynb #96cf2400
 def small_button(text: str, tip: str, width: int) -> w.Button:
     "A button below a result; it cannot be pressed while there is none."
     layout = px(width, 26, margin="0 2px 0 0", padding="0")
@@ -199,6 +201,7 @@ def say(self: SearchPage, text: str, bad: bool = False) -> None:
     "Tell something in the status line."
     self.status.value = f'<span class="bad">{escape(text)}</span>' if bad else escape(text)
 
+# %% ../../nbs/retriever/09_page.ipynb #e1dc2536
 @patch
 def guarded(self: SearchPage, action):
     "A handler that runs `action`, unless the page itself is changing things, and tells what goes wrong."
@@ -280,6 +283,7 @@ def pick_gallery(self: SearchPage, name: str) -> None:
     if name == OWN: self.say("write the path of a folder of pictures, then Enter")
     else: self.open(name)
 
+# %% ../../nbs/retriever/09_page.ipynb #a049ee90
 @patch
 def pick_folder(self: SearchPage, path: str) -> None:
     "Open a folder of one's own."
@@ -292,6 +296,7 @@ def asked_again(self: SearchPage) -> None:
     if self.text.value.strip(): self.ask()
     else: self.show()
 
+# %% ../../nbs/retriever/09_page.ipynb #8d22b12f
 @patch
 def pick_name(self: SearchPage, name: str) -> None:
     "Another reference by its id."
@@ -331,6 +336,7 @@ def ask(self: SearchPage) -> None:
     self.session.search(self.text.value)
     self.show()
 
+# %% ../../nbs/retriever/09_page.ipynb #8968822f
 @patch
 def submitted(self: SearchPage, _, message: dict, __) -> None:
     "Enter in the text field."
@@ -370,6 +376,7 @@ def by_hand(self: SearchPage) -> tuple[float, ...]:
     "The weights on the sliders."
     return tuple(slider.value for slider in self.sliders)
 
+# %% ../../nbs/retriever/09_page.ipynb #b15d5a03
 @patch
 def slid(self: SearchPage) -> None:
     "A slider moved: rank again, if it was moved by hand and not by the page."
@@ -416,6 +423,7 @@ def marks_in_words(step: Step) -> str:
     if "target" not in step.marks: return f"green: a right answer, grey: a miss ({right} right)"
     return f"blue: the annotated target, green: another right answer, grey: a miss ({right} right)"
 
+# %% ../../nbs/retriever/09_page.ipynb #c3282b9b
 def step_in_words(step: Step) -> str:
     "The status line after a question."
     found = f"{len(step.results)} of {step.among:,} pictures in {step.milliseconds:.0f} ms"
@@ -438,6 +446,7 @@ def step_line(number: int, step: Step) -> str:
     asked = f"{readable_name(step.reference)} · “{escape(step.text)}” · gate {gate_words(step.gate)}"
     return f"<b>{number}.</b> {asked} → {found}"
 
+# %% ../../nbs/retriever/09_page.ipynb #a1cba978
 def history_table(session: Session) -> str:
     "The steps so far, as HTML."
     lines = [step_line(number, step) for number, step in enumerate(session.steps, 1)]
@@ -493,6 +502,7 @@ def contribution_figure(why: Explanation, result: Result):
     figure = gate_figure(rows, why.parts, "").update_layout(height=200, margin=dict(l=120, r=20, t=10, b=40))
     return figure.update_layout(xaxis_title="share of the score") if why.readings else figure
 
+# %% ../../nbs/retriever/09_page.ipynb #e4c642b8
 def shown_figure(figure) -> dict:
     "A figure as an output: it is set, not displayed, so that nothing depends on which cell is running."
     data = {"application/vnd.plotly.v1+json": json.loads(figure.to_json())}
@@ -508,6 +518,7 @@ def why_in_words(name: str, why: Explanation) -> str:
     if why.maps is not None: lines.append(escape(not_worth_showing(why.maps)))
     return "<br>".join(filter(None, lines))
 
+# %% ../../nbs/retriever/09_page.ipynb #866df34c
 @patch
 def explain(self: SearchPage, name: str) -> None:
     "Fill the panel of reasons for one result of the last step."
@@ -552,6 +563,7 @@ def clear_why(self: SearchPage) -> None:
     self.why_figure.outputs, self.lesson_text.value = [], ""
     self.show_reasons(False, self.why_image, self.why_figure, self.lesson_image)
 
+# %% ../../nbs/retriever/09_page.ipynb #ba275f47
 @patch
 def show_reasons(self: SearchPage, shown: bool, *widgets) -> None:
     "Pictures and figures of the panel take room only while they have something to show."

@@ -147,8 +147,8 @@ def say_what_is_cut(method: Method, data: TrainingSet) -> None:
     texts = list(dict.fromkeys(method.query_text(triplet) for triplet in data.triplets))
     cut = [text for text, ids in zip(texts, tokenizer(texts)["input_ids"]) if len(ids) > longest]
     if cut:
-        warnings.warn(f"{len(cut):,} of {len(texts):,} training texts are longer than {longest} word pieces, and "
-                      f"their ends are not read, such as of {cut[0][:60]!r}")
+        warnings.warn(f"{len(cut):,} of {len(texts):,} training texts are longer than {longest} word pieces, "
+                      f"and their ends are not read, such as of {cut[0][:60]!r}")
 
 # %% ../../nbs/trainer/06_loop.ipynb #363abc4b
 def fit_alone(method: Method, data: TrainingSet, run: Run, evaluate, until: int | None) -> list[dict]:

@@ -14,7 +14,7 @@ from dqe_cir.trainer.runs import check_place
 
 from .frame import Case
 
-ODD = [[1], {"a": 1}, b"x", 1 + 2j, object()]
+ODD = [[1], {"a": 1}, b"x", 1 + 2j, (None,)]
 NUMBERS = [float("nan"), float("inf"), -float("inf"), -1, -0.5, 10**12, 1e300]
 LOOSE = {"seed", "head_rate", "lr", "weight_decay", "temperature", "zone_guard", "zone_high", "zone_low", "refresh_left", "evaluate_every", "refresh_every"}
 
