@@ -102,6 +102,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'dqe_cir.data.datasets': { 'dqe_cir.data.datasets.complete': ('data/datasets.html#complete', 'dqe_cir/data/datasets.py'),
                                        'dqe_cir.data.datasets.load_dataset': ( 'data/datasets.html#load_dataset',
                                                                                'dqe_cir/data/datasets.py'),
+                                       'dqe_cir.data.datasets.odd_entries': ('data/datasets.html#odd_entries', 'dqe_cir/data/datasets.py'),
                                        'dqe_cir.data.datasets.odd_files': ('data/datasets.html#odd_files', 'dqe_cir/data/datasets.py'),
                                        'dqe_cir.data.datasets.pictures_elsewhere': ( 'data/datasets.html#pictures_elsewhere',
                                                                                      'dqe_cir/data/datasets.py'),

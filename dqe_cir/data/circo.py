@@ -34,6 +34,7 @@ def circo_aspects(row: dict, where: str) -> tuple[str, ...]:
     wrong = f"semantic_aspects must be a list of names, not {told(aspects)}"
     raise DataError(f"{where}: {wrong}: get the file again")
 
+# %% ../../nbs/data/06_circo.ipynb #dd5fccee
 def check_answers(reference: str, target: str | None, right: list[str], where: str) -> None:
     "`DataError` for right answers that lack the target, hold the reference or name an image twice."
     unique(right, where)
@@ -60,6 +61,7 @@ def circo_triplet(row: dict, where: str, needs_target: bool) -> Triplet:
 # %% ../../nbs/data/06_circo.ipynb #2a1e52d5
 BASES = ("COCO2017_unlabeled", ".")  # below the root
 
+# %% ../../nbs/data/06_circo.ipynb #10817602
 def circo_files(root: Path) -> dict[str, Path]:
     "The pictures of COCO 2017 unlabeled, by number."
     places = [root / base / CIRCO.folder for base in BASES]
@@ -75,6 +77,7 @@ def circo_listing(root: Path) -> Path | None:
     places = [root / base / "annotations" / "image_info_unlabeled2017.json" for base in BASES]
     return next((place for place in places if os.path.lexists(place)), None)
 
+# %% ../../nbs/data/06_circo.ipynb #a5600c36
 def listed_images(listing: Path) -> set[str]:
     "The numbers in COCO's list of images."
     content = read_json(listing, CIRCO.get)

@@ -33,6 +33,7 @@ def cirr_lacks(row: dict, needs_target: bool) -> str | None:
     if isinstance(target, str) or (target is None and not needs_target): return None
     return "target_hard"
 
+# %% ../../nbs/data/05_cirr.ipynb #37c0eb67
 def is_rating(value) -> bool:
     "Is this a number from -1 to 1?"
     return type(value) in (int, float) and -1 <= value <= 1
@@ -59,6 +60,7 @@ def cirr_triplet(row: dict, gallery, where: str, needs_target: bool = False) -> 
     return Triplet(reference, target, (row["caption"],), subset=members, pair_id=str(number(row["pairid"])),
                    positives=frozenset(cirr_positives(row)))
 
+# %% ../../nbs/data/05_cirr.ipynb #9c295313
 def check_group(reference: str, target: str | None, members: tuple[str, ...], where: str) -> None:
     "`DataError` for a group that is not six images, reference and target among them, or a wrong target."
     if target == reference: raise DataError(f"{where}: the target is the reference itself; remove the row")
@@ -69,6 +71,7 @@ def check_group(reference: str, target: str | None, members: tuple[str, ...], wh
 # %% ../../nbs/data/05_cirr.ipynb #31a3d9e7
 PLACES = ("", "img_raw", "images", "cirr", "cirr/img_raw")  # below the root, as people lay them out
 
+# %% ../../nbs/data/05_cirr.ipynb #9fd9b6bc
 def cirr_files(root: Path, paths: dict[str, str]) -> dict[str, Path]:
     "Files of CIRR's images by name, wherever below the root they lie and whatever their extension."
     files, listed = {}, {}
@@ -107,6 +110,7 @@ def cirr_paths(base: Path, split: str) -> dict[str, str]:
     for name, path in paths.items(): check_path(base, image_name(name, str(listing)), path, str(listing))
     return paths
 
+# %% ../../nbs/data/05_cirr.ipynb #5d73e031
 def check_path(base: Path, name: str, path: str, listing: str) -> None:
     "`DataError` for a path of an image that leaves the root, or that is another image's."
     if len(path) > 1000: raise DataError(f"{listing} gives {name!r} the path {told(path)}: correct it")

@@ -64,6 +64,7 @@ def with_shared_answers(triplets: list[Triplet]) -> list[Triplet]:
 CATEGORIES = ("dress", "shirt", "toptee")
 PICTURE_FOLDERS = ("images", "image", "resized_image", "image_data")  # below the root, as copies call it
 
+# %% ../../nbs/data/04_fashioniq.ipynb #dc85a8ad
 def pictures_by_category(folder: Path) -> dict[str, Path]:
     "Picture files by name: those of a folder, and those of its folders by category."
     files = {}
@@ -71,6 +72,12 @@ def pictures_by_category(folder: Path) -> dict[str, Path]:
         files |= {name: path for name, path in files_by_stem(place).items() if name not in files}
     return files
 
+def fashioniq_files(root: Path) -> dict[str, Path]:
+    "Files of FashionIQ's pictures by name, from the first folder below the root that holds any."
+    held = (pictures_by_category(root / name) for name in PICTURE_FOLDERS)
+    return next(filter(None, held), {})
+
+# %% ../../nbs/data/04_fashioniq.ipynb #6b887cd5
 def fashioniq_files(root: Path) -> dict[str, Path]:
     "Files of FashionIQ's pictures by name, from the first folder below the root that holds any."
     held = (pictures_by_category(root / name) for name in PICTURE_FOLDERS)

@@ -55,6 +55,7 @@ def check_names(query: str, ranking: list) -> None:
             advice = "the server wants a name without folder and extension"
             raise ValueError(f"query {query} names {told(name)}; {advice}")
 
+# %% ../../nbs/evaluator/04_submissions.ipynb #6400c64a
 def as_lists(rankings: Sequence) -> list[list]:
     "The rankings as lists of images; `ValueError` for one that is a text, a number or nothing."
     for row, ranking in enumerate(rankings):
@@ -93,6 +94,7 @@ def integer(value) -> int | None:
     except TypeError:
         return None
 
+# %% ../../nbs/evaluator/04_submissions.ipynb #f86dfbfb
 def image_number(value) -> int:
     "A COCO image number from an integer or a string of digits; anything else raises `ValueError`."
     found = number(value) if isinstance(value, (str, bool)) else number(integer(value))

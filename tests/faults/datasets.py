@@ -8,8 +8,9 @@ import os
 import random
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -467,12 +468,19 @@ def submission_cases(rng):
 OWN = {"fashioniq": fashioniq_cases, "cirr": cirr_cases, "circo": circo_cases, "hp_fashioniq": preference_cases, "garments": garment_cases}
 
 
-def cases(seed: int) -> Iterator[Case]:
-    "All cases of a seed: which byte, row, field and value are changed is drawn."
-    for name, kind in KINDS.items():
-        rng = random.Random(f"{seed} {name}")
+def every(seed, kinds):
+    for name in kinds:
+        kind, rng = KINDS[name], random.Random(f"{seed} {name}")
         yield from texts_of(kind, rng)
         yield from pictures_of(kind, rng)
         yield from roots_of(kind)
         yield from OWN[name](kind, rng)
     yield from submission_cases(random.Random(f"{seed} submission"))
+
+
+def cases(seed: int, kinds: tuple[str, ...] = tuple(KINDS)) -> Iterator[Case]:
+    "All cases of a seed: which byte, row, field and value are changed is drawn. Without the garments nothing has to be drawn first."
+    named = Counter()
+    for case in every(seed, kinds):
+        named[case.name] += 1
+        yield replace(case, name=f"{case.name} ({named[case.name]})") if named[case.name] > 1 else case
