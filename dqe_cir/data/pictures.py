@@ -187,7 +187,8 @@ def reason_of(problem: Exception, content: bytes) -> str:
 # %% ../../nbs/data/01_pictures.ipynb #b5d963cc
 def picture_of(content: bytes, name: str, ground: str = "black", side: int = 0) -> Image.Image:
     "Upright RGB of the bytes of a picture, as `unpacked`; `DataError` names what is none."
-    if not content: raise DataError(f"{name} is empty (0 bytes): get the file again")
+    if not content:
+        raise DataError(f"{name} is not a readable picture (it is empty, 0 bytes): get the file again")
     if is_heic(content): heic_reader()
     try:
         return unpacked(content, ground, side)

@@ -103,6 +103,7 @@ def readable(path: Path, shown: str = "") -> Image.Image:
     "The first frame of a picture as upright RGB; `DataError` says what is wrong with the file."
     name = shown or str(path)
     if not path.is_file(): raise DataError(f"{name} is a broken link, or no regular file")
+    if not path.stat().st_size: raise DataError(f"{name} is empty (0 bytes)")
     try:
         return large_enough(open_image(path), name)
     except DataError as problem:

@@ -129,6 +129,7 @@ def named(self: Session, name: str, content: str) -> str:
 @patch
 def upload(self: Session, name: str, content: bytes) -> None:
     "Ask about a picture that is not in the gallery; `DataError` names a file that is no picture."
+    if not content: raise DataError(f"{name} is empty (0 bytes)")
     try:
         picture = large_enough(at_most(picture_of(content, name), UPLOAD_PIXELS), name)
         shown = picture_of(content, name, "white", SHOWN_SIDE)
