@@ -243,6 +243,7 @@ def odd_entry(value) -> str:
     packed = value.untyped_storage().nbytes() < value.numel() * value.element_size()
     return f"claims the shape {tuple(value.shape)} without having the numbers" if packed else ""
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #d58e9236
 def check_tensors(state: dict[str, Tensor], unread: re.Pattern = UNUSED) -> dict[str, Tensor]:
     "The state dict, if every entry can be a weight; else `DataError`. Those in `unread` are not looked at."
     for name, value in state.items():
@@ -251,6 +252,7 @@ def check_tensors(state: dict[str, Tensor], unread: re.Pattern = UNUSED) -> dict
         if odd: raise DataError(f"{name[:200]} {odd}: the checkpoint is damaged or of another kind")
     return state
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #597bc5d0
 def finite(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     "The weights, if all are finite as float32, as which they are used; else `DataError` names the first."
     name = odd_tensor({name: value.float() if value.dtype == torch.float64 else value
@@ -333,6 +335,7 @@ def is_weight_file(name: str) -> bool:
     "Is this the name of one file of weights, and not of a folder or hub id?"
     return Path(name).suffix in WEIGHT_SUFFIXES and not os.path.isdir(name)
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #2e4a9609
 def look_at(path: Path) -> None:
     "`DataError` for a file that is absent, empty, a Git LFS pointer or a web page, or is no file."
     path = regular(path, f"give the path of a checkpoint ({', '.join(WEIGHT_SUFFIXES)})")
@@ -371,11 +374,13 @@ def wrapped(content: dict, depth: int = 6) -> Iterator[list[tuple[str, dict]]]:
         entries = [entry for _, part in level for entry in part.items()]
         level = [(str(name), value) for name, value in entries if isinstance(value, dict)]
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #9ed742a0
 def prefixes(part: dict, mark: str) -> list[str]:
     "What stands before a name in a dictionary, wherever that name or one that ends in it occurs."
     names = [name for name in part if isinstance(name, str)]
     return [name.removesuffix(mark) for name in names if name == mark or name.endswith("." + mark)]
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #d1fb70ef
 def unwrapped(content: dict, mark: str = "query_tokens") -> dict | None:
     "The state dict that has a tensor `mark`, taken out of its wrapping; None where there is none."
     for level in wrapped(content):
@@ -409,6 +414,7 @@ def naming(place: Path | str) -> Iterator[None]:
         if str(place) in str(problem): raise
         raise DataError(f"{place}: {problem}") from problem
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #ef0baec8
 def with_tower(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     "The state dict, completed by the image tower from the file beside it where LAVIS left the tower out."
     if any(name.startswith("visual_encoder.") for name in state): return state
@@ -461,6 +467,7 @@ WORD_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_t
               "added_tokens.json")
 LIBRARY_ERRORS = (Exception,)  # what the library raises over files it cannot read can be anything
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #486d105b
 def check_files(folder: Path, names) -> None:
     "`DataError` for a file of a folder, if it is there, that is no file, a stand-in, or no sound JSON."
     for path in (Path(folder) / name for name in names):
@@ -470,6 +477,7 @@ def check_files(folder: Path, names) -> None:
         if odd: raise DataError(f"{path} {odd}")
         if path.suffix == ".json": read_json(path, "get it again", dict)
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #3b2e22d6
 def find_tokenizer(folder: Path, vocabulary: int) -> BertTokenizer:
     "The tokenizer in a folder, else that of bert-base-uncased; with `[DEC]` where there is a row for it."
     beside = any(os.path.lexists(Path(folder) / name) for name in ("vocab.txt", "tokenizer.json"))
@@ -542,6 +550,7 @@ RULES = [  # what an entry of a configuration must be: its name, a type, the lea
     (r"(_size|num_query_tokens|_positions|_dim)$", int, 0, 10**8),
 ]
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #93504500
 def odd_setting(config: dict, prefix: str = "") -> str:
     "What is wrong with an entry of a configuration, or of one inside it; empty where nothing is."
     for name, value in config.items():
@@ -591,6 +600,7 @@ def layer_count(config: dict) -> int:
     own += [sum(value) for name, value in config.items() if name == "depths" and isinstance(value, list)]
     return max([0, *own, *map(layer_count, inside)])
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #3ec9eb33
 def check_folder(folder: Path, kind: type, **options) -> None:
     "`DataError` for a local model folder whose files, settings or tensors are not those of a kind."
     folder = Path(folder)
@@ -639,6 +649,7 @@ def load_model(source: str) -> tuple[Blip2ForImageTextRetrieval, list[str]]:
     norm.eps = getattr(model.config, "ln_vision_eps", norm.eps)
     return model, sorted(name for name in loading["missing_keys"] if not name.startswith("itm_head"))
 
+# %% ../../nbs/encoder/01_checkpoints.ipynb #73ae2d7d
 def unloadable(name: str, problem: Exception, otherwise: str) -> DataError:
     "The error that says in one line what is wrong with an encoder; `otherwise` where it is no local folder."
     said, begin = " ".join(str(problem).split())[:300], f"encoder {name[:200]!r} could not be loaded"

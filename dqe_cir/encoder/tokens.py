@@ -73,6 +73,7 @@ def mark(path: Path) -> tuple[int, ...] | None:
     except (OSError, ValueError): return None
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
+# %% ../../nbs/encoder/03_tokens.ipynb #93e9ab9e
 def settled(seen: tuple[int, ...]) -> bool:
     "Was a file last changed long enough ago for a later change to show in its times?"
     return max(seen[1:3]) + QUIET < time.time_ns()
@@ -92,6 +93,7 @@ def read_notes(folder: Path) -> dict[str, tuple[tuple[int, ...], bytes]]:
         notes[path] = tuple(map(int, seen)), bytes.fromhex(key)
     return notes
 
+# %% ../../nbs/encoder/03_tokens.ipynb #ec3caf30
 def write_notes(folder: Path, notes: dict[str, tuple[tuple[int, ...], bytes]]) -> None:
     "Note them, if the folder can be written to."
     lines = "".join(f"{' '.join(map(str, seen))} {key.hex()} {path}\n" for path, (seen, key) in notes.items())
@@ -103,6 +105,7 @@ def noteworthy(path: str) -> bool:
     "Can a path stand on a line of the notes?"
     return path.isprintable()
 
+# %% ../../nbs/encoder/03_tokens.ipynb #122fd441
 def content_keys(paths: dict[str, Path], folder: Path) -> tuple[dict[str, bytes], dict[str, str]]:
     "The content key of every picture that can be read, and for the others what is wrong with them, by id."
     notes, keys, wrong = read_notes(folder), {}, {}
@@ -171,6 +174,7 @@ def sound(self: TokenStore, shard: np.ndarray, rows: Sequence[int]) -> list[int]
     keys, tokens, told = shard["key"], shard["tokens"], shard["checksum"]
     return [row for row in rows if self.checksum(keys[row].tobytes(), tokens[row]) == told[row]]
 
+# %% ../../nbs/encoder/03_tokens.ipynb #f6f04537
 @patch
 def find(self: TokenStore, keys: Iterable[bytes]) -> dict[bytes, tuple[Path, int]]:
     "Shard and row of every picture whose tokens are stored and fit their checksum, by content key."
@@ -198,6 +202,7 @@ def places(self: TokenStore) -> Iterator[tuple[Path, int]]:
         taken = path.stat().st_size // self.record.itemsize if path.exists() else 0
         yield from ((path, row) for row in range(taken, most))
 
+# %% ../../nbs/encoder/03_tokens.ipynb #462e85a4
 @patch
 def add(self: TokenStore, keys: Sequence[bytes], tokens: np.ndarray, places: Iterator) -> None:
     "Write the tokens (B,P,W) of pictures to the next of some places; `DataError` where the disk has no room."
@@ -248,6 +253,7 @@ def load_pixels(encoder: Blip2Encoder, path: Path, key: bytes) -> Tensor | str:
         return said if str(path) in said else f"{path} cannot be read ({said}): get the picture again"
     return pixels
 
+# %% ../../nbs/encoder/03_tokens.ipynb #4cc32feb
 def encoded_batches(encoder: Blip2Encoder, paths: dict[bytes, Path], batch_size: int,
                     progress: bool) -> Iterator[tuple[list[bytes], np.ndarray | None, dict[bytes, str]]]:
     """Yields for one batch of pictures after another the keys (b,) and the tokens float32 (b,P,W) of those
@@ -305,6 +311,7 @@ def open_store(encoder: Blip2Encoder, folder: Path) -> TokenStore:
     dtype = stored_type(np.broadcast_to(np.float32(0), shape))
     return TokenStore(Path(folder) / name, name, shape, dtype)
 
+# %% ../../nbs/encoder/03_tokens.ipynb #f46cb4ab
 def describe(store: TokenStore, encoder: Blip2Encoder) -> None:
     "Write beside the shards what they hold."
     about = dict(shape=list(store.shape), dtype=store.dtype.name, transform=encoder.transform_name,
@@ -319,6 +326,7 @@ def refuse(wrong: dict[str, str], count: int) -> None:
     raise DataError(f"{len(wrong)} of {count} pictures have no tokens: {shown}{more}. "
                     "The others are stored: put these right and run it again")
 
+# %% ../../nbs/encoder/03_tokens.ipynb #a624a7c6
 def cache_tokens(encoder: Blip2Encoder, sources, folder: Path | None = None, batch_size: int = 64,
                  progress: bool = True) -> TokenCache:
     """The tokens of data sets (or of a dictionary id to path), computed where they are not stored or damaged.

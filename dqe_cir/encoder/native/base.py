@@ -60,6 +60,7 @@ def tokenizer_of(name: str):
     except LIBRARY_ERRORS as problem:
         raise unloadable(name, problem, "give 'mini', a local folder or a reachable hub id") from problem
 
+# %% ../../../nbs/encoder/native/01_base.ipynb #8fa7229a
 @patch
 def tokenize(self: NativeEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
     "Word pieces and their mask, both int64 (B,L), padded to the longest text and cut at `longest` pieces."

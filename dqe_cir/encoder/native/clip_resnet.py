@@ -143,6 +143,7 @@ TEXT_NAMES = [
 UNREAD = re.compile(  # the scale is the loss's, the rest are counters and notes
     r"logit_scale$|visual\..*num_batches_tracked$|(input_resolution|context_length|vocab_size)$")
 
+# %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #9c699086
 def openai_name(name: str) -> str:
     "The published name of one of the tensors of a `ClipResNet`."
     if name.startswith("text."):
@@ -179,6 +180,7 @@ def is_code(path: Path) -> bool:
     try: return any("/code/" in name for name in zipfile.ZipFile(path).namelist())
     except (zipfile.BadZipFile, OSError): return False  # damaged, which is told when it is read
 
+# %% ../../../nbs/encoder/native/02_clip_resnet.ipynb #4f100487
 def read_clip(path: Path) -> dict[str, Tensor]:
     "The state dict in a file, out of CLIP4Cir's wrapping."
     look_at(path)
