@@ -94,7 +94,8 @@ def heic_reader() -> bool:
     return True
 
 # %% ../../nbs/data/01_pictures.ipynb #ec45898a
-MOST_PIXELS, LONGEST_SIDE, MOST_BYTES = 178_956_970, 2**20, 2**30
+MOST_PIXELS, LONGEST_SIDE, MOST_BYTES = 2**28, 2**20, 2**30
+Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, MOST_PIXELS // 2)  # Pillow refuses twice as many
 LARGE, BAND = 2**25, 2**22  # pixels of a picture that is read as it is, and of one band of a larger one
 ONE_LARGE = threading.Lock()
 
