@@ -149,6 +149,7 @@ def read_query(method, query: Tensor) -> ReadQuery:
 def unheard(encoder, text: str) -> str:
     "Which words of a text an encoder does not read, in a sentence; empty where it reads all."
     tokenizer, words, told = encoder.tokenizer, text.split(), []
+    if tokenizer is None: return ""
     room = getattr(encoder, "longest", 32) - 2  # a piece marks the beginning, and one the end
     pieces = [tokenizer.tokenize(word) for word in words]
     read = sum(sum(map(len, pieces[:place + 1])) <= room for place in range(len(words)))
