@@ -20,11 +20,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import data_folder
+from ..core import data_folder, writable_data
 from ..data.base import CIRDataset
 from ..data.pictures import open_image
 from .blip2 import Blip2Encoder, deciding
-from ..files import DataError, read_bytes, read_text, refused_by_disk, regular, writable
+from ..files import DataError, read_bytes, read_text, refused_by_disk, regular
 from ..files import write_json, write_text
 
 # %% ../../nbs/encoder/03_tokens.ipynb #73e8df91
@@ -273,7 +273,7 @@ def encoded_batches(encoder: Blip2Encoder, paths: dict[bytes, Path], batch_size:
 @contextlib.contextmanager
 def turn(folder: Path, progress: bool) -> Iterator[None]:
     "Be the only process that adds to a store; where another is at it, wait until it has finished or is gone."
-    lock = FileLock(writable(folder) / ".lock")
+    lock = FileLock(writable_data(folder) / ".lock")
     try: lock.acquire(blocking=False)
     except Timeout:
         if progress: tqdm.write(f"another process is encoding pictures into {folder}: waiting for it")

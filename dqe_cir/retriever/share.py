@@ -20,7 +20,7 @@ from .drawn import garments_at_once
 from .index import Retriever
 from .lessons import ROWS, TAUGHT, VECTORS, write_lessons
 from ..trainer.config import train_config
-from ..trainer.runs import trained_state
+from ..trainer.runs import MADE_FROM, made_from, trained_state
 
 # %% ../../nbs/retriever/07_share.ipynb #b42c8e9c
 MINI_LICENCE = "The small encoder is part of this repository, Apache-2.0."
@@ -99,7 +99,9 @@ def save(self: Retriever, folder: Path | str) -> Path:
     lessons = self.lessons  # before its files go
     about = {"method": self.config.method, "encoder": self.config.encoder}
     write_tensors(folder / "model.safetensors", trained_state(self.method), about)
-    write_json(folder / "config.json", asdict(replace(self.config, run_dir="", data_root="", device="auto")))
+    settings = asdict(replace(self.config, run_dir="", data_root="", device="auto"))
+    known = made_from(self.folder) if self.folder else {}
+    write_json(folder / "config.json", settings | {MADE_FROM: known | {"encoder": self.method.stands_on}})
     if self.record: write_json(folder / "results.json", self.record)
     of_another = ("vocabulary.json", "index.json", "index.safetensors", ROWS, VECTORS)
     for name in of_another: (folder / name).unlink(missing_ok=True)

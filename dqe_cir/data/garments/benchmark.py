@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ...core import data_folder
+from ...core import data_folder, writable_data
 from .draw import ATTRIBUTES, CATEGORIES, Garment, draw_garment
 from .requests import Mention, NEVER_DRIFTS, codes, is_relevant, mention_of
 from .requests import relevant_rows, sentence, two_captions
-from ...files import writable, write_json
+from ...files import DataError, refused_by_disk, write_json
 
 # %% ../../../nbs/data/garments/03_benchmark.ipynb #123ba066
 SIZES = {  # per category: images and triplets; all: queries in CIRR's layout
@@ -328,7 +328,7 @@ def make_garments(
     if size not in SIZES: raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
     root = Path(folder or data_folder()) / f"garments-{size}-{fingerprint(size, seed)}"
     if root.exists(): return root
-    writable(root.parent)
+    writable_data(root.parent)
     for leftover in root.parent.glob(f"{root.name}.part-*"):
         if abandoned(leftover): shutil.rmtree(leftover, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=f"{root.name}.part-{os.getpid()}-", dir=root.parent))
@@ -338,5 +338,9 @@ def make_garments(
         try: os.replace(part, root)  # the whole folder at once
         except OSError:
             if not root.exists(): raise  # somebody else was faster: theirs is the same
+    except OSError as problem:
+        said = refused_by_disk(problem)
+        if not said: raise
+        raise DataError(f"{root} could not be drawn ({said}): make room and run it again") from None
     finally: shutil.rmtree(part, ignore_errors=True)
     return root
