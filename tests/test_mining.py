@@ -213,8 +213,9 @@ def test_in_batch_negatives_are_the_next_other_answer(groups):
     data = SimpleNamespace(groups=torch.tensor([9, *groups]), triplets=[SimpleNamespace(target=f"t{i}") for i in range(len(groups) + 1)])
     rows = list(range(len(groups), 0, -1))  # in an order of their own; row 0 is not in the batch
     for i, (row, name) in enumerate(zip(rows, other_targets(data, rows), strict=True)):
-        following = [other for other in rows[i + 1:] + rows[:i] if data.groups[other] != data.groups[row]]
-        assert name == (f"t{following[0]}" if following else f"t{row}")  # a batch of one answer has no negative: its own target, which teaches nothing
+        whole = [*range(row + 1, len(groups) + 1), *range(row)]
+        following = [other for other in rows[i + 1:] + rows[:i] + whole if data.groups[other] != data.groups[row]]
+        assert name == f"t{following[0]}"  # a batch of one answer borrows from the whole set, never its own target
 
 
 def test_tokens_of_the_negatives():

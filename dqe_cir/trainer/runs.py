@@ -305,7 +305,8 @@ def checkpoint_header(path: Path, tensors: dict, about: dict, epochs: int | None
         raise DataError(f"{path} stands for epoch {about.get('epoch')} of {epochs}: it is of another run. "
                         + AGAIN.capitalize())
     trained = any(name.startswith("optimizer/") for name in tensors)
-    if not trained or int(about.get("tensors", len(tensors))) != len(tensors):
+    whole = about["tensors"] == str(len(tensors)) if "tensors" in about else trained
+    if not whole:
         raise DataError(f"{path} is not whole: tensors are missing, or none is of the optimizer. "
                         + AGAIN.capitalize())
     try:
