@@ -132,3 +132,13 @@ def test_the_baseline_is_as_strong_and_the_benchmark_as_hard_as_stated():
     assert mean(lambda r: r["metrics"]["mAP"]) >= 55 and mean(lambda r: r["metrics"]["R@10"]) >= 70
     bars = {"image only": 10, "text only": 25, "late fusion": 30, "joint, untrained": 12}
     for name, bar in bars.items(): assert mean(lambda r: r["reference_points"][name]["mAP"]) < bar, name
+
+
+# ---- faults
+
+def test_the_readme_counts_the_faults_that_were_tried():
+    record, text = json.loads((RESULTS / "faults.json").read_text()), (ROOT / "README.md").read_text()
+    assert set(record["total"]) == {"held"} and record["kills"]["tried"] == record["kills"]["bit-equal"]
+    assert f"tries {record['total']['held']:,} malformed" in text and f"killed {record['kills']['tried']} times" in text
+    assert all(all(told.values()) for told in record["full disk"].values())
+    assert re.fullmatch(r"[0-9a-f]{12}", record["environment"]["commit"])

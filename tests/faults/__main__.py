@@ -1,15 +1,20 @@
 """`make test-faults`: every malformed input, every kill, a full disk and a soak. Ends non-zero on any failure; `--record FILE` writes the counts.
 
     python -m faults --seeds 0,1 --record data/results/faults.json        (with tests/ on the path)"""
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a process with threads of its own cannot be forked
+
 import argparse
 import collections
 import contextlib
 import importlib
-import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
+
+import torch
 
 from dqe_cir.core import environment
 from dqe_cir.files import write_json
@@ -54,6 +59,7 @@ def main():
     parser.add_argument("--record", default="", help="file for the counts")
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     os.environ.setdefault("TQDM_DISABLE", "1")
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     found, failures = inputs(seeds)

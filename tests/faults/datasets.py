@@ -272,13 +272,14 @@ def renamed(suffix): return lambda path: path.rename(path.with_suffix(suffix))
 
 
 def pictures_of(kind, rng):
+    drawn = r"make_garments\(\) draw it again"  # of drawn pictures that are gone the remedy is to draw them
     for what, change in {"missing": Path.unlink, "folder": folder_instead, "pipe": pipe_instead, "another of the name": another_beside, "as gif": renamed(".gif"),
                          "link to nowhere": link_to_nowhere}.items():
-        yield changed(kind, f"picture {what}", one_picture(kind, rng, change), names=r"[\w-]+\.\w+")
+        yield changed(kind, f"picture {what}", one_picture(kind, rng, change), names=rf"[\w-]+\.\w+|{drawn}")
     for what, change in {"copy of the name": copy_beside, "a link": link_elsewhere, "capital ending": lambda path: path.rename(path.with_suffix(".JPG"))}.items():
         yield changed(kind, f"picture {what}", one_picture(kind, rng, change), "accept")
-    yield changed(kind, "pictures elsewhere", moved("somewhere/else"), names="somewhere/else")
-    yield changed(kind, "pictures as tiff", moved("images", ".tiff"), names=r"\.tiff is there")
+    yield changed(kind, "pictures elsewhere", moved("somewhere/else"), names=f"somewhere/else|{drawn}")
+    yield changed(kind, "pictures as tiff", moved("images", ".tiff"), names=rf"\.tiff is there|{drawn}")
 
 
 # ---- roots
