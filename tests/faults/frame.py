@@ -2,10 +2,15 @@
 import multiprocessing
 import re
 import resource
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm.std import tqdm
+
+tqdm.set_lock(threading.RLock())  # its own is shared between processes, and one that is killed would keep it for ever
 
 OURS = Path(__file__).resolve().parent.parent.parent / "dqe_cir"
 SECONDS, GIBIBYTES = 60, 6  # after which a case hangs, and what it may take beyond the start

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from . import frame  # noqa: F401  whose lock for progress bars no killed process keeps
+
 import dqe_cir.studies.ablation  # noqa: F401  so that every module is there to be patched
 from dqe_cir import files
 from dqe_cir.data import load_dataset
