@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['QUIET', 'NOTES', 'ROOM', 'BLOCK', 'TokenCache', 'stored_type', 'image_paths', 'content_key', 'mark', 'settled',
            'read_notes', 'write_notes', 'noteworthy', 'content_keys', 'store_key', 'TokenStore', 'StoredRows',
-           'load_pixels', 'encoded_batches', 'turn', 'encode', 'open_store', 'describe', 'refuse', 'cache_tokens']
+           'load_pixels', 'encoded_batches', 'turn', 'encode', 'open_store', 'describe', 'refuse', 'cache_tokens',
+           'already_stored']
 
 # %% ../../nbs/encoder/03_tokens.ipynb #16f8cfbb
-import contextlib, hashlib, itertools, json, os, time, zlib
+import contextlib, hashlib, itertools, json, os, re, time, zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -352,3 +353,13 @@ def cache_tokens(encoder: Blip2Encoder, sources, folder: Path | None = None, bat
         wrong |= {name: unread[key] for name, key in keys.items() if key in unread}
     if wrong: refuse(wrong, len(paths))
     return TokenCache(list(paths), StoredRows(store, [found[keys[name]] for name in paths]), encoder.device)
+
+# %% ../../nbs/encoder/03_tokens.ipynb #3853bbcc
+def already_stored(encoder: Blip2Encoder, keys: Iterable[str], folder: Path | None = None) -> TokenCache:
+    """The tokens that are stored of pictures, by the hexadecimal digits of their content keys; nothing is
+    encoded, and a key of another kind has none."""
+    store = open_store(encoder, Path(folder or data_folder() / "tokens"))
+    wanted = [bytes.fromhex(key) for key in keys if re.fullmatch("[0-9a-f]{32}", key)]
+    found = store.find(wanted) if wanted and store.folder.exists() else {}
+    rows = StoredRows(store, list(found.values()))
+    return TokenCache([key.hex() for key in found], rows, encoder.device)

@@ -27,6 +27,7 @@ from ..data.base import CIRDataset
 from ..data.datasets import SPECS
 from ..data.pictures import FORMATS, PICTURE_SUFFIXES, is_heic, open_image
 from ..encoder.blip2 import MINI
+from ..encoder.tokens import already_stored
 from ..files import DataError, below, owned, parse_json, read_bytes, read_json, read_tensors, regular
 from ..files import refused_by_disk, write_json, write_tensors
 from .drawn import DrawnOnDemand
@@ -244,7 +245,13 @@ def image_tokens(self: Retriever, pictures: list[Image.Image | Tensor]) -> Tenso
 @torch.no_grad()
 def encode_pictures(self: Retriever, pictures: list[Image.Image | Tensor]) -> Tensor:
     "Embeddings (N,T,D) of pictures, float32 numbers of half precision, on the CPU."
-    return self.method.encode_target(self.image_tokens(pictures)).half().float().cpu()
+    return self.embed(self.image_tokens(pictures))
+
+@patch
+@torch.no_grad()
+def embed(self: Retriever, tokens: Tensor) -> Tensor:
+    "The same of image tokens (N,P,W), as `cache_tokens` keeps them."
+    return self.method.encode_target(tokens.to(self.device)).half().float().cpu()
 
 # %% ../../nbs/retriever/04_index.ipynb #ab4a0b86
 def read_or_reason(files: Mapping[str, Path], name: str, transform: Callable) -> Tensor | str:
@@ -260,14 +267,18 @@ def encode_files(self: Retriever, files: Mapping[str, Path], wanted: dict[str, s
     """Encode pictures, content key to id, and put them into `known`, content key to embedding; `keep` gets
     those of each batch as well. Returns what could not be read, key to reason."""
     broken, jobs, transform = {}, list(wanted.items()), self.method.encoder.transform
+    stored = already_stored(self.method.encoder, wanted)  # by a training, say
     with ThreadPoolExecutor(2) as pool:
         for start in range(0, len(jobs), size):
             batch = jobs[start:start + size]
+            seen = [key for key, _ in batch if key in stored.row]
+            made = dict(zip(seen, self.embed(stored[seen]))) if seen else {}
+            batch = [job for job in batch if job[0] not in made]
             pictures = pool.map(lambda job: read_or_reason(files, job[1], transform), batch)
             read = {key: picture for (key, _), picture in zip(batch, pictures)}
             broken |= {key: reason for key, reason in read.items() if isinstance(reason, str)}
             good = {key: picture for key, picture in read.items() if key not in broken}
-            made = dict(zip(good, self.encode_pictures(list(good.values())))) if good else {}
+            if good: made |= zip(good, self.encode_pictures(list(good.values())))
             known |= made
             if keep and made: keep(made)
             if progress: progress(min(start + size, len(jobs)), len(jobs))
