@@ -2269,6 +2269,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'dqe_cir.trainer.loop.fit': ('trainer/loop.html#fit', 'dqe_cir/trainer/loop.py'),
                                       'dqe_cir.trainer.loop.fit_alone': ('trainer/loop.html#fit_alone', 'dqe_cir/trainer/loop.py'),
                                       'dqe_cir.trainer.loop.keep_lessons': ('trainer/loop.html#keep_lessons', 'dqe_cir/trainer/loop.py'),
+                                      'dqe_cir.trainer.loop.left_over': ('trainer/loop.html#left_over', 'dqe_cir/trainer/loop.py'),
                                       'dqe_cir.trainer.loop.one_epoch': ('trainer/loop.html#one_epoch', 'dqe_cir/trainer/loop.py'),
                                       'dqe_cir.trainer.loop.read_finished': ('trainer/loop.html#read_finished', 'dqe_cir/trainer/loop.py'),
                                       'dqe_cir.trainer.loop.restart': ('trainer/loop.html#restart', 'dqe_cir/trainer/loop.py'),

@@ -346,11 +346,11 @@ def cache_tokens(encoder: Blip2Encoder, sources, folder: Path | None = None, bat
             missing = {key: path for key, path in missing.items() if key not in found}
             unread = encode(store, encoder, missing, batch_size, progress)
             found |= store.find(missing)
-            if found: describe(store, encoder)
         lost = [path for key, path in missing.items() if key not in found and key not in unread]
         if lost: raise DataError(f"{store.folder} is not what was written to it, for {lost[0]}: is the disk "
                                  "damaged? Run it again")
         wrong |= {name: unread[key] for name, key in keys.items() if key in unread}
+    if found: describe(store, encoder)
     if wrong: refuse(wrong, len(paths))
     return TokenCache(list(paths), StoredRows(store, [found[keys[name]] for name in paths]), encoder.device)
 

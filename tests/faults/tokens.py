@@ -223,6 +223,7 @@ def no_room(rng):
     most = rng.randrange(0, 100_000)
     def make(folder):
         paths = pictures(folder)
+        encoder()  # loaded while there is room
         def act():
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
             try: cached(paths, folder)
