@@ -17,6 +17,7 @@ from dqe_cir.encoder.blip2 import MINI
 from dqe_cir.evaluator import GalleryScores, evaluate_scores
 from dqe_cir.files import DataError, owned, read_tensors
 from dqe_cir.methods import METHODS
+from dqe_cir.retriever import Retriever
 from dqe_cir.trainer import build_method, fit, load_run, open_run, train_config, training_set
 from dqe_cir.trainer import runs as runs_module
 from dqe_cir.trainer.evaluation_config import evaluation_config, record_path
@@ -114,6 +115,23 @@ def test_an_edited_configuration_is_refused(garments, tmp_path):
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"aligned": not values["aligned"]}))
     with pytest.raises(DataError, match="config.json has other values of aligned than the weights beside it"): load_run(run.folder, "cpu")
+
+
+def test_an_edited_export_is_refused_and_a_sound_one_keeps_what_it_stands_on(garments, tmp_path):
+    _, run = started(garments, tmp_path / "run")
+    folder = Retriever.load(run.folder, device="cpu").save(tmp_path / "shared")
+    values = json.loads((folder / "config.json").read_text())
+    assert values["made_from"] == json.loads((run.folder / "config.json").read_text())["made_from"]
+    load_run(folder, "cpu")
+    (folder / "config.json").write_text(json.dumps(values | {"aligned": not values["aligned"]}))
+    with pytest.raises(DataError, match="other values of aligned"): load_run(folder, "cpu")
+
+
+def test_a_method_that_was_built_by_hand_trains(garments, tmp_path):
+    config = train_config(QUICK | {"run_dir": str(tmp_path / "run")})
+    method = METHODS["info_nce"].from_config(load_encoder("mini", "cpu"), config)
+    fit(method, training_set(config, garments, cache_tokens(method.encoder, garments, progress=False)), open_run(config))
+    assert "encoder" not in json.loads((tmp_path / "run" / "config.json").read_text())["made_from"]
 
 
 def test_a_record_of_another_kind_of_data_stays(tmp_path):

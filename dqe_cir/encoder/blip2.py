@@ -29,6 +29,7 @@ from ..files import DataError, read_json
 class Blip2Encoder(nn.Module):
     "BLIP-2's vision tower (frozen) and Q-Former (trained), with the passes that retrieval needs."
     transform_name = "target_pad 1.25"
+    longest = 32  # word pieces of a text that are read
 
     def __init__(self, model: Blip2ForImageTextRetrieval, tokenizer, temperature: float):
         super().__init__()
@@ -122,12 +123,12 @@ def only_read(attention: nn.Module, args: tuple, options: dict) -> tuple[tuple, 
 
 # %% ../../nbs/encoder/02_blip2.ipynb #6aca9c48
 @patch
-def tokenize(self: Blip2Encoder, texts: list[str], longest: int = 32) -> tuple[Tensor, Tensor]:
+def tokenize(self: Blip2Encoder, texts: list[str]) -> tuple[Tensor, Tensor]:
     "Word pieces and their mask, both int64 (B,L), padded to the longest text and cut at `longest` pieces."
     if self.tokenizer is None:
         raise ValueError("this encoder has no tokenizer: give one to from_lavis, "
                          "or load a folder that has one")
-    words = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    words = self.tokenizer(texts, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
     return words["input_ids"].to(self.device), words["attention_mask"].to(self.device)
 
 # %% ../../nbs/encoder/02_blip2.ipynb #7fdd158e

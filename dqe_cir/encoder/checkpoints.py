@@ -26,8 +26,8 @@ from transformers import BertTokenizer, Blip2Config, Blip2ForImageTextRetrieval,
 from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2PreTrainedModel, Blip2TextEmbeddings
 
-from ..files import DataError, below, odd_tensor, read_json, refused_by_disk, regular
-from ..files import stands_in, writable
+from ..files import DataError, below, checked_start, odd_tensor, read_json, refused_by_disk
+from ..files import writable
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #902ec2f9
 class ClipBlip2Config(Blip2Config):
@@ -338,15 +338,8 @@ def is_weight_file(name: str) -> bool:
 # %% ../../nbs/encoder/01_checkpoints.ipynb #2e4a9609
 def look_at(path: Path) -> None:
     "`DataError` for a file that is absent, empty, a Git LFS pointer or a web page, or is no file."
-    path = regular(path, f"give the path of a checkpoint ({', '.join(WEIGHT_SUFFIXES)})")
-    try:
-        with path.open("rb") as file: start = file.read(200)
-    except OSError as problem:
-        raise DataError(f"{path} cannot be read ({problem.strerror}): make it readable") from None
-    if not start: raise DataError(f"{path} is empty: download it again")
-    if start.startswith(b"version https://git-lfs"):
-        raise DataError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
-    if stands_in(start): raise DataError(f"{path} is a web page, not a checkpoint: download the file itself")
+    path = checked_start(path, f"give the path of a checkpoint ({', '.join(WEIGHT_SUFFIXES)})")
+    if not path.stat().st_size: raise DataError(f"{path} is empty: download it again")
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #3cef6759
 def read_tensors(path: Path) -> dict:
@@ -472,9 +465,8 @@ def check_files(folder: Path, names) -> None:
     "`DataError` for a file of a folder, if it is there, that is no file, a stand-in, or no sound JSON."
     for path in (Path(folder) / name for name in names):
         if not os.path.lexists(path): continue
-        with regular(path, "put the file itself there").open("rb") as file: start = file.read(200)
-        odd = stands_in(start) or ("" if start.strip(b"\0 \n") else "is empty: get it again")
-        if odd: raise DataError(f"{path} {odd}")
+        with checked_start(path, "put the file itself there").open("rb") as file: start = file.read(200)
+        if not start.strip(b"\0 \n"): raise DataError(f"{path} is empty: get it again")
         if path.suffix == ".json": read_json(path, "get it again", dict)
 
 # %% ../../nbs/encoder/01_checkpoints.ipynb #3b2e22d6

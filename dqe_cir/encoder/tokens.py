@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUIET', 'NOTES', 'ROOM', 'BLOCK', 'TokenCache', 'stored_type', 'image_paths', 'content_key', 'mark', 'settled',
            'read_notes', 'write_notes', 'noteworthy', 'content_keys', 'store_key', 'TokenStore', 'StoredRows',
-           'load_pixels', 'encoded_batches', 'turn', 'encode', 'open_store', 'describe', 'refuse', 'cache_tokens',
-           'already_stored']
+           'load_pixels', 'encoded_batches', 'encode', 'open_store', 'describe', 'refuse', 'waiting_for',
+           'cache_tokens', 'already_stored']
 
 # %% ../../nbs/encoder/03_tokens.ipynb #16f8cfbb
 import contextlib, hashlib, itertools, json, os, re, time, zlib
@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,7 +24,7 @@ from ..core import data_folder, writable_data
 from ..data.base import CIRDataset
 from ..data.pictures import open_image
 from .blip2 import Blip2Encoder, deciding
-from ..files import DataError, read_bytes, read_text, refused_by_disk, regular
+from ..files import DataError, owned, read_text, refused_by_disk, regular
 from ..files import write_json, write_text
 
 # %% ../../nbs/encoder/03_tokens.ipynb #73e8df91
@@ -63,7 +62,12 @@ def image_paths(sources) -> dict[str, Path]:
 # %% ../../nbs/encoder/03_tokens.ipynb #2ad8c0c2
 def content_key(path: Path) -> bytes:
     "A hash, 16 bytes, of a picture file's content; `DataError` where there is no file to read."
-    return hashlib.blake2b(read_bytes(path, "get the picture again"), digest_size=16).digest()
+    remedy = "get the picture again"
+    try:
+        with regular(path, remedy).open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+    except OSError as problem:
+        raise DataError(f"{path} cannot be read ({problem.strerror}): {remedy}") from None
 
 # %% ../../nbs/encoder/03_tokens.ipynb #6ec2be87
 QUIET = 2_000_000_000  # nanoseconds
@@ -270,18 +274,6 @@ def encoded_batches(encoder: Blip2Encoder, paths: dict[bytes, Path], batch_size:
             pixels = torch.stack([read[key] for key in good]) if good else None
             yield good, encoder.image_tokens(pixels).float().cpu().numpy() if good else None, wrong
 
-# %% ../../nbs/encoder/03_tokens.ipynb #d723a253
-@contextlib.contextmanager
-def turn(folder: Path, progress: bool) -> Iterator[None]:
-    "Be the only process that adds to a store; where another is at it, wait until it has finished or is gone."
-    lock = FileLock(writable_data(folder) / ".lock")
-    try: lock.acquire(blocking=False)
-    except Timeout:
-        if progress: tqdm.write(f"another process is encoding pictures into {folder}: waiting for it")
-        lock.acquire()
-    try: yield
-    finally: lock.release()
-
 # %% ../../nbs/encoder/03_tokens.ipynb #43cca545
 @torch.no_grad()
 def encode(store: TokenStore, encoder: Blip2Encoder, paths: dict[bytes, Path], batch_size: int,
@@ -314,10 +306,11 @@ def open_store(encoder: Blip2Encoder, folder: Path) -> TokenStore:
 
 # %% ../../nbs/encoder/03_tokens.ipynb #f46cb4ab
 def describe(store: TokenStore, encoder: Blip2Encoder) -> None:
-    "Write beside the shards what they hold."
+    "Write beside the shards what they hold, if it does not stand there."
+    if (store.folder / "about.json").exists(): return
     about = dict(shape=list(store.shape), dtype=store.dtype.name, transform=encoder.transform_name,
                  tower=encoder.tower_fingerprint(), bytes_a_picture=store.record.itemsize)
-    if not (store.folder / "about.json").exists(): write_json(store.folder / "about.json", about)
+    write_json(store.folder / "about.json", about)
 
 # %% ../../nbs/encoder/03_tokens.ipynb #f5b8bf3d
 def refuse(wrong: dict[str, str], count: int) -> None:
@@ -326,6 +319,11 @@ def refuse(wrong: dict[str, str], count: int) -> None:
     more = "; ..." if len(wrong) > 3 else ""
     raise DataError(f"{len(wrong)} of {count} pictures have no tokens: {shown}{more}. "
                     "The others are stored: put these right and run it again")
+
+# %% ../../nbs/encoder/03_tokens.ipynb #36caf3ad
+def waiting_for(holder: str) -> None:
+    "Say that another process encodes pictures, and that this one waits for it."
+    tqdm.write(f"{holder} is encoding pictures: waiting for it")
 
 # %% ../../nbs/encoder/03_tokens.ipynb #a624a7c6
 def cache_tokens(encoder: Blip2Encoder, sources, folder: Path | None = None, batch_size: int = 64,
@@ -341,7 +339,7 @@ def cache_tokens(encoder: Blip2Encoder, sources, folder: Path | None = None, bat
     found = store.find(keys.values())
     missing = {key: paths[name] for name, key in keys.items() if key not in found}
     if missing:
-        with turn(store.folder, progress):
+        with owned(writable_data(store.folder), wait=waiting_for if progress else str):
             found |= store.find(missing)  # another process may have been faster
             missing = {key: path for key, path in missing.items() if key not in found}
             unread = encode(store, encoder, missing, batch_size, progress)

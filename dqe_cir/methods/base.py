@@ -46,6 +46,7 @@ class Method(nn.Module):
     negatives = "trns"  # the sampler of these negatives, by its name in the trainer, where a run names none
     draws_twice = False  # wants two independent draws of a triplet's text, the second in `Batch.again`
     stages: tuple[float, ...] = ()  # shares of the training at which a further stage begins
+    stands_on: str | None = None  # fingerprint of the encoder as it was loaded; None: nobody has taken it
     apart: tuple[str, ...] = ()  # beginnings of names of parameters whose gradients are clipped by themselves
     options: tuple[str, ...] = ()  # parameters of a run that this method reads and others do not
     published: dict[str, dict] = {}  # data set to the schedule its authors used with a full-size encoder

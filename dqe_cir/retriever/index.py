@@ -26,8 +26,8 @@ from ..attributes import AttributeWeights
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS
 from ..data.pictures import FORMATS, PICTURE_SUFFIXES, is_heic, open_image
+from ..encoder import tokens as token_store
 from ..encoder.blip2 import MINI
-from ..encoder.tokens import already_stored
 from ..files import DataError, below, owned, parse_json, read_bytes, read_json, read_tensors, regular
 from ..files import refused_by_disk, write_json, write_tensors
 from .drawn import DrawnOnDemand
@@ -88,9 +88,8 @@ def picture_files(folder: Path | str) -> tuple[dict[str, Path], dict[str, str]]:
 
 # %% ../../nbs/retriever/04_index.ipynb #fed1cf44
 def content_key(path: Path) -> str:
-    "A hash of a file's bytes."
-    with regular(path).open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    "The hexadecimal digits of a file's content key, as the [token store](../encoder/03_tokens.ipynb) has it."
+    return token_store.content_key(path).hex()
 
 # %% ../../nbs/retriever/04_index.ipynb #b73a43bc
 def large_enough(picture: Image.Image, name: str) -> Image.Image:
@@ -266,8 +265,9 @@ def encode_files(self: Retriever, files: Mapping[str, Path], wanted: dict[str, s
                  keep: Callable | None = None) -> dict[str, str]:
     """Encode pictures, content key to id, and put them into `known`, content key to embedding; `keep` gets
     those of each batch as well. Returns what could not be read, key to reason."""
+    if not wanted: return {}
     broken, jobs, transform = {}, list(wanted.items()), self.method.encoder.transform
-    stored = already_stored(self.method.encoder, wanted)  # by a training, say
+    stored = token_store.already_stored(self.method.encoder, wanted)  # by a training, say
     with ThreadPoolExecutor(2) as pool:
         for start in range(0, len(jobs), size):
             batch = jobs[start:start + size]

@@ -150,7 +150,7 @@ def unheard(encoder, text: str) -> str:
     "Which words of a text an encoder does not read, in a sentence; empty where it reads all."
     tokenizer, words, told = encoder.tokenizer, text.split(), []
     if tokenizer is None: return ""
-    room = getattr(encoder, "longest", 32) - 2  # a piece marks the beginning, and one the end
+    room = encoder.longest - 2  # a piece marks the beginning, and one the end
     pieces = [tokenizer.tokenize(word) for word in words]
     read = sum(sum(map(len, pieces[:place + 1])) <= room for place in range(len(words)))
     strange = [word for word, parts in zip(words[:read], pieces) if tokenizer.unk_token in parts]

@@ -20,7 +20,7 @@ from .drawn import garments_at_once
 from .index import Retriever
 from .lessons import ROWS, TAUGHT, VECTORS, write_lessons
 from ..trainer.config import train_config
-from ..trainer.runs import MADE_FROM, made_from, trained_state
+from ..trainer.runs import MADE_FROM, identity, made_from, trained_state
 
 # %% ../../nbs/retriever/07_share.ipynb #b42c8e9c
 MINI_LICENCE = "The small encoder is part of this repository, Apache-2.0."
@@ -89,6 +89,13 @@ def model_card(retriever: Retriever) -> str:
     lines += ["", "## Files", "", FILES]
     return "\n".join(lines) + "\n"
 
+# %% ../../nbs/retriever/07_share.ipynb #875f2580
+@patch(as_prop=True)
+def fingerprints(self: Retriever) -> dict[str, str]:
+    "The fingerprints of data and encoder that the model was trained with, as far as they are known."
+    known = made_from(self.folder) if self.folder else {}
+    return known | ({"encoder": self.method.stands_on} if self.method.stands_on else {})
+
 # %% ../../nbs/retriever/07_share.ipynb #353fe054
 @patch
 def save(self: Retriever, folder: Path | str) -> Path:
@@ -97,11 +104,10 @@ def save(self: Retriever, folder: Path | str) -> Path:
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds other things: choose a new folder")
     lessons = self.lessons  # before its files go
-    about = {"method": self.config.method, "encoder": self.config.encoder}
+    about = {"method": self.config.method, "encoder": self.config.encoder} | identity(self.config)
     write_tensors(folder / "model.safetensors", trained_state(self.method), about)
     settings = asdict(replace(self.config, run_dir="", data_root="", device="auto"))
-    known = made_from(self.folder) if self.folder else {}
-    write_json(folder / "config.json", settings | {MADE_FROM: known | {"encoder": self.method.stands_on}})
+    write_json(folder / "config.json", settings | {MADE_FROM: self.fingerprints})
     if self.record: write_json(folder / "results.json", self.record)
     of_another = ("vocabulary.json", "index.json", "index.safetensors", ROWS, VECTORS)
     for name in of_another: (folder / name).unlink(missing_ok=True)

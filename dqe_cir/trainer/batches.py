@@ -192,9 +192,9 @@ def batch(self: TrainingSet, rows: list[int], method: Method, generator: torch.G
 def other_targets(data: TrainingSet, rows: list[int]) -> list[str]:
     """For each row the target of the next row of the batch that has another answer; where the batch has
     none, of the next such row of the whole set."""
-    group, borrowed = data.groups.tolist(), []
+    group, everybody, borrowed = data.groups.tolist(), range(len(data.groups)), []
     for i, row in enumerate(rows):
-        following = [*rows[i + 1:], *rows[:i], *range(row + 1, len(group)), *range(row)]
+        following = itertools.chain(rows[i + 1:], rows[:i], everybody[row + 1:], everybody[:row])
         other = next((j for j in following if group[j] != group[row]), None)
         if other is None: raise ValueError("all training triplets have one answer: nothing can be told apart")
         borrowed.append(data.triplets[other].target)

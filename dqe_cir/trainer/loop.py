@@ -84,7 +84,6 @@ def restart(method: Method, data: TrainingSet, run: Run) -> tuple[Stepper, int]:
     if resume.exists():
         extra = data.negatives, stepper.scaler, config.epochs
         finished = load_checkpoint(resume, method, stepper.optimizer, *extra)
-        check_identity(run.folder, read_tensors(resume)[1])
     run.check_events(finished)
     run.forget_after(finished)
     return stepper, finished
@@ -149,7 +148,7 @@ def read_finished(method: Method, data: TrainingSet, run: Run) -> list[dict]:
 # %% ../../nbs/trainer/06_loop.ipynb #673e224b
 def say_what_is_cut(method: Method, data: TrainingSet) -> None:
     "Warn of training texts that the encoder does not read to their end."
-    tokenizer, longest = method.encoder.tokenizer, getattr(method.encoder, "longest", 32)
+    tokenizer, longest = method.encoder.tokenizer, method.encoder.longest
     texts = list(dict.fromkeys(method.query_text(triplet) for triplet in data.triplets))
     cut = [text for text, ids in zip(texts, tokenizer(texts)["input_ids"]) if len(ids) > longest]
     if cut:
@@ -181,7 +180,7 @@ def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int |
     """Train to the end, or to epoch `until`, from the last finished epoch if there is one.
     `evaluate(method) -> dict` runs now and then. A finished run is loaded. Returns the events of the run.
     `DataError` where another process trains in the folder, `ValueError` where data or encoder are others."""
-    run.settle(**data_fingerprint(data.dataset), encoder=method.stands_on)
+    run.settle(encoder=method.stands_on, **data_fingerprint(data.dataset))
     if run.finished: return read_finished(method, data, run)
     with owned(run.folder, "wait for it, or choose another run_dir"):
         return fit_alone(method, data, run, evaluate, until)
