@@ -916,6 +916,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'dqe_cir.files.below': ('ideas/files.html#below', 'dqe_cir/files.py'),
                                'dqe_cir.files.checked_start': ('ideas/files.html#checked_start', 'dqe_cir/files.py'),
                                'dqe_cir.files.drop_left_parts': ('ideas/files.html#drop_left_parts', 'dqe_cir/files.py'),
+                               'dqe_cir.files.holder_of': ('ideas/files.html#holder_of', 'dqe_cir/files.py'),
                                'dqe_cir.files.no_constant': ('ideas/files.html#no_constant', 'dqe_cir/files.py'),
                                'dqe_cir.files.odd_tensor': ('ideas/files.html#odd_tensor', 'dqe_cir/files.py'),
                                'dqe_cir.files.once': ('ideas/files.html#once', 'dqe_cir/files.py'),

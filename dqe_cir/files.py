@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'POINTER', 'PAGE', 'MARKS', 'WORDS', 'MACHINE', 'NO_ROOM', 'DataError', 'regular', 'stands_in',
            'checked_start', 'read_bytes', 'read_text', 'once', 'no_constant', 'parse_json', 'read_json', 'read_jsonl',
            'odd_tensor', 'read_tensors', 'writable', 'alive', 'drop_left_parts', 'refused_by_disk', 'replacing',
-           'write_text', 'write_json', 'write_tensors', 'append_jsonl', 'owned', 'below']
+           'write_text', 'write_json', 'write_tensors', 'append_jsonl', 'holder_of', 'owned', 'below']
 
 # %% ../nbs/ideas/00_files.ipynb #daa0de8e
 import contextlib, errno, glob, json, os, re, socket, stat
@@ -266,6 +266,14 @@ def append_jsonl(path: Path | str, **event) -> None:
         said = refused_by_disk(problem) or problem.strerror
         raise DataError(f"{path} could not be written ({said}): make room and run it again") from None
 
+# %% ../nbs/ideas/00_files.ipynb #fc4b9e6e
+def holder_of(lock: Path) -> str:
+    "Who a lock's file says holds it; the file may be gone by now."
+    try:
+        return lock.read_text().strip() or "another process"
+    except OSError:
+        return "another process"
+
 # %% ../nbs/ideas/00_files.ipynb #bb4f07d9
 @contextlib.contextmanager
 def owned(folder: Path | str, advice: str = "wait for it, or name another folder",
@@ -277,7 +285,7 @@ def owned(folder: Path | str, advice: str = "wait for it, or name another folder
     try:
         owner.acquire(blocking=False)
     except Timeout:
-        holder = lock.read_text().strip() or "another process"
+        holder = holder_of(lock)
         if wait is None: raise DataError(f"{folder} is being written to by {holder}: {advice}") from None
         wait(holder)
         owner.acquire()
