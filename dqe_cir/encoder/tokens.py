@@ -321,9 +321,9 @@ def refuse(wrong: dict[str, str], count: int) -> None:
                     "The others are stored: put these right and run it again")
 
 # %% ../../nbs/encoder/03_tokens.ipynb #36caf3ad
-def waiting_for(holder: str) -> None:
-    "Say that another process encodes pictures, and that this one waits for it."
-    tqdm.write(f"{holder} is encoding pictures: waiting for it")
+def waiting_for(holder: str, progress: bool) -> None:
+    "Say, where progress is shown, that another process encodes pictures and that this one waits for it."
+    if progress: tqdm.write(f"{holder} is encoding pictures: waiting for it")
 
 # %% ../../nbs/encoder/03_tokens.ipynb #a624a7c6
 def cache_tokens(encoder: Blip2Encoder, sources, folder: Path | None = None, batch_size: int = 64,
@@ -339,7 +339,7 @@ def cache_tokens(encoder: Blip2Encoder, sources, folder: Path | None = None, bat
     found = store.find(keys.values())
     missing = {key: paths[name] for name, key in keys.items() if key not in found}
     if missing:
-        with owned(writable_data(store.folder), wait=waiting_for if progress else str):
+        with owned(writable_data(store.folder), wait=lambda holder: waiting_for(holder, progress)):
             found |= store.find(missing)  # another process may have been faster
             missing = {key: path for key, path in missing.items() if key not in found}
             unread = encode(store, encoder, missing, batch_size, progress)
