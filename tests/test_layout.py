@@ -17,6 +17,7 @@ RUNNERS = ("train", "evaluate", "pretrain", "ablate", "search", "leaderboard", "
 ALLOWED = {
     "files": set(),
     "core": {"files"},
+    "terminal": {"core"},
     "retrieval": set(),
     "metrics": {"retrieval"},
     "losses": set(),
@@ -24,13 +25,13 @@ ALLOWED = {
     "vocabulary": set(),
     "sampler": set(),
     "readings": set(),
-    "data": {"files", "core"},
-    "encoder": {"files", "core", "retrieval", "data"},
-    "show": {"files", "core", "data"},
+    "data": {"files", "core", "terminal"},
+    "encoder": {"files", "core", "terminal", "retrieval", "data"},
+    "show": {"files", "core", "terminal", "data"},
     "methods": {"files", "core", "retrieval", "losses", "attributes", "vocabulary", "readings", "data", "encoder"},
     "evaluator": {"files", "core", "retrieval", "metrics", "data", "methods", "show"},
-    "trainer": {"files", "core", "retrieval", "attributes", "vocabulary", "sampler", "data", "encoder", "methods", "evaluator"},
-    "studies": {"files", "core", "sampler", "data", "encoder", "methods", "evaluator", "trainer", "show"},
+    "trainer": {"files", "core", "terminal", "retrieval", "attributes", "vocabulary", "sampler", "data", "encoder", "methods", "evaluator"},
+    "studies": {"files", "core", "terminal", "sampler", "data", "encoder", "methods", "evaluator", "trainer", "show"},
     "retriever": {"files", "core", "attributes", "readings", "data", "encoder", "evaluator", "trainer", "show"},
 }
 

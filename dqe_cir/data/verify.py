@@ -11,12 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from .base import CIRDataset
 from .datasets import SPECS, odd_files
 from .pictures import open_image
 from ..files import DataError, regular
+from ..terminal import Progress
 
 # %% ../../nbs/data/09_verify.ipynb #49874827
 def counts(dataset: CIRDataset) -> dict[str, tuple[int, int]]:
@@ -74,7 +73,7 @@ def verify_images(dataset: CIRDataset, progress: bool = True) -> ImageReport:
     missing = [name for name in dataset.gallery if name not in present]
     with ThreadPoolExecutor(4) as pool:
         looks = pool.map(picture_problem, present.values())
-        looks = list(tqdm(looks, total=len(present), desc="verifying", disable=not progress))
+        looks = list(Progress(looks, total=len(present), desc="verifying", disable=not progress))
     unreadable = {name: problem for name, problem in zip(present, looks) if problem}
     return ImageReport(len(dataset.gallery), missing, unreadable)
 

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import BertTokenizer, Blip2Config, Blip2ForImageTextRetrieval
 
 from ..core import generator
@@ -29,6 +28,7 @@ from ..data.pictures import CLIP_MEAN, CLIP_STD
 from .blip2 import Blip2Encoder
 from ..files import replacing
 from ..retrieval import similarity
+from ..terminal import Progress
 
 # %% ../../nbs/encoder/04_pretraining.ipynb #5321e09f
 QUESTIONS = {"category": CATEGORIES, **ATTRIBUTES}  # what the heads are asked
@@ -49,7 +49,7 @@ def draw_pictures(count: int, seed: int, purpose: str, size: int = 64) -> Pictur
     combinations = np.concatenate([rng.permutation(every) for _ in range(-(-count // every))])[:count]
     labels = np.stack(np.unravel_index(combinations, shape), 1)
     garments = [Garment(*(values[i] for values, i in zip(QUESTIONS.values(), row))) for row in labels]
-    shown = tqdm(garments, desc=f"drawing {purpose}", disable=count < 500)
+    shown = Progress(garments, desc=f"drawing {purpose}", disable=count < 500)
     pixels = torch.from_numpy(np.stack([np.asarray(draw_garment(garment, rng, size)) for garment in shown]))
     return Pictures(garments, pixels.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels))
 
@@ -150,7 +150,7 @@ def optimise(modules: list[nn.Module], loss_of_rows, count: int, *, steps: int, 
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
     chance, losses = generator(seed, name), []
     batches = row_batches(count, batch_size, chance)
-    for step in (bar := tqdm(range(steps), desc=name, mininterval=2)):
+    for step in (bar := Progress(range(steps), desc=name, mininterval=2)):
         rows = next(batches)
         for group in optimizer.param_groups: group["lr"] = lr * rate_factor(step, steps)
         loss = loss_of_rows(rows, chance)

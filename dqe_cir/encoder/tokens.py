@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core import data_folder, writable_data
 from ..data.base import CIRDataset
@@ -26,6 +25,7 @@ from ..data.pictures import open_image
 from .blip2 import Blip2Encoder, deciding
 from ..files import DataError, owned, read_text, refused_by_disk, regular
 from ..files import write_json, write_text
+from ..terminal import Progress, say
 
 # %% ../../nbs/encoder/03_tokens.ipynb #73e8df91
 class TokenCache:
@@ -266,7 +266,7 @@ def encoded_batches(encoder: Blip2Encoder, paths: dict[bytes, Path], batch_size:
     keys = list(paths)
     starts = range(0, len(keys), batch_size)
     with ThreadPoolExecutor(4) as pool:
-        for start in tqdm(starts, desc="encoding images", unit="batch", disable=not progress):
+        for start in Progress(starts, desc="encoding images", unit="batch", disable=not progress):
             batch = keys[start:start + batch_size]
             read = dict(zip(batch, pool.map(lambda key: load_pixels(encoder, paths[key], key), batch)))
             wrong = {key: said for key, said in read.items() if isinstance(said, str)}
@@ -323,7 +323,10 @@ def refuse(wrong: dict[str, str], count: int) -> None:
 # %% ../../nbs/encoder/03_tokens.ipynb #36caf3ad
 def waiting_for(holder: str, progress: bool) -> None:
     "Say, where progress is shown, that another process encodes pictures and that this one waits for it."
-    if progress: tqdm.write(f"{holder} is encoding pictures: waiting for it")
+    if not progress: return
+    line = f"{holder} is encoding pictures: waiting for it"
+    Progress.write(line)
+    say(line)
 
 # %% ../../nbs/encoder/03_tokens.ipynb #a624a7c6
 def cache_tokens(encoder: Blip2Encoder, sources, folder: Path | None = None, batch_size: int = 64,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'REFRESHES', 'STAMPS', 'empty_figure', 'line_figure', 'loss_figure', 'metric_figure', 'refresh_figure',
-           'interval_figure', 'label_places', 'point_figure', 'table_title', 'text_table', 'metrics_table', 'banner']
+           'interval_figure', 'label_places', 'point_figure', 'table_title', 'text_table', 'metrics_table',
+           'plain_table', 'told', 'banner']
 
 # %% ../../nbs/show/01_figures.ipynb #b7dda0d3
 import html
@@ -13,6 +14,7 @@ import plotly.graph_objects as go
 from IPython.display import HTML, Markdown
 
 from ..data.base import CIRDataset
+from ..terminal import say
 
 # %% ../../nbs/show/01_figures.ipynb #12157fc5
 COLOURS = ("#1f5fa8", "#d1495b", "#2e8b57", "#e0a100", "#7b4ea3", "#4f4f4f")
@@ -132,10 +134,25 @@ def metrics_table(rows: dict[str, dict[str, float]], columns: list[str], title: 
         cells[name] = {key: f"{value:.1f}" for key, value in values.items() if value is not None}
     return text_table(cells, columns, title, bold)
 
+# %% ../../nbs/show/01_figures.ipynb #0a6b950b
+def plain_table(table: Markdown) -> list[str]:
+    "The lines of a Markdown table as a terminal shows them: a title, then columns that stand in line."
+    title, _, head, _, *rows = table.data.replace("**", "").splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    aligned = [[name.ljust(widths[0]), *map(str.rjust, values, widths[1:])] for name, *values in cells]
+    return [title, *("  ".join(row) for row in aligned)]
+
+def told(table: Markdown) -> Markdown:
+    "The table, after it was said at the terminal."
+    for line in plain_table(table): say(line)
+    return table
+
 # %% ../../nbs/show/01_figures.ipynb #13af2da1
 def banner(text: str) -> HTML:
-    "A red box around plain text; an empty text gives nothing."
+    "A red box around plain text, said at the terminal too; an empty text gives nothing."
     if not text: return HTML("")
+    say(text)
     style = ("border:3px solid #b00020;background:#fff0f0;color:#7a0015;"
              "padding:10px 14px;font-size:1.1em;font-weight:600")
     return HTML(f'<div style="{style}">{html.escape(text, quote=False)}</div>')

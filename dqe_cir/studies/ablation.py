@@ -9,17 +9,17 @@ __all__ = ['TERMS', 'NO_TERMS', 'TUNED', 'DQE', 'OURS', 'PLAIN', 'PAPER', 'SOURC
            'excluding_pairs', 'confusion', 'in_batch_false_negatives', 'Job', 'unread', 'passed_on', 'study_jobs',
            'load_sets', 'peak_memory', 'epochs_done', 'costs', 'walk', 'warm_up', 'start_from', 'package_commit',
            'same_run', 'take_over', 'run_job', 'parameters', 'extra_measures', 'check_finished', 'check_made_from',
-           'made_now', 'fingerprints', 'run_study', 'in_processes', 'kind_of', 'search_table', 'best_rates',
-           'StudyConfig', 'recorded_conditions', 'at_home', 'read_record', 'check_record', 'check_study', 'as_texts',
-           'study_config', 'small_study', 'interval', 'values_of', 'shared_seeds', 'paired', 'mean_and_spread',
-           'summary_table', 'difference_table', 'outcome', 'finding', 'findings', 'query_values', 'over_queries',
-           'queries_table', 'kept_of', 'study_record', 'read_study', 'source_line', 'study_report', 'seed_spread',
-           'compare_run', 'against_table', 'against_report', 'check_against', 'telling_rows', 'side_by_side',
-           'draw_sheet', 'means_report', 'differences_report', 'sheet_of']
+           'made_now', 'fingerprints', 'run_study', 'without_bars', 'in_processes', 'kind_of', 'search_table',
+           'best_rates', 'StudyConfig', 'recorded_conditions', 'at_home', 'read_record', 'check_record', 'check_study',
+           'as_texts', 'study_config', 'small_study', 'interval', 'values_of', 'shared_seeds', 'paired',
+           'mean_and_spread', 'summary_table', 'difference_table', 'outcome', 'finding', 'findings', 'query_values',
+           'over_queries', 'queries_table', 'kept_of', 'study_record', 'read_study', 'source_line', 'study_report',
+           'seed_spread', 'compare_run', 'against_table', 'against_report', 'check_against', 'telling_rows',
+           'side_by_side', 'draw_sheet', 'means_report', 'differences_report', 'sheet_of']
 
 # %% ../../nbs/studies/01_ablation.ipynb #c96b4c61
-import dataclasses, functools, hashlib, json, math, multiprocessing, re, shutil, statistics
-import tempfile, time
+import contextlib, dataclasses, functools, hashlib, json, math, multiprocessing, os, re, shutil
+import statistics, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from fastcore.basics import patch
 from IPython.display import Markdown
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core import checked, checkout, environment, generator, git
 from ..data.base import CIRDataset
@@ -41,6 +40,7 @@ from ..methods.zoo import METHODS
 from ..methods.base import Method
 from ..show.figures import text_table
 from ..show.sheets import contact_sheet
+from ..terminal import Progress
 from ..trainer.batches import epoch_batches, training_set
 from ..trainer.config import TrainConfig, form_of, options_of, sometimes_read, train_config
 from ..trainer.loop import fit
@@ -445,14 +445,24 @@ def run_study(jobs: list[Job], workers: int = 0) -> list[dict]:
     shared = list({job.shared: job for job in jobs if job.shared and not job.record}.values())
     records, run = {}, functools.partial(run_job, commit=package_commit())
     for title, step, todo in (("warm-up", warm_up, shared), ("run", run, jobs)):
-        with tqdm(total=len(todo), desc=title, unit="run") as bar:
+        with Progress(total=len(todo), desc=title, unit="runs", every=0) as bar:
             for job, record in in_processes(step, todo, workers):
                 records[job] = record
+                bar.set_postfix_str(f"{job.condition} seed {job.config.seed}", refresh=False)
                 bar.update()
-                bar.set_postfix_str(f"{job.condition} seed {job.config.seed}")
     return [records[job] for job in jobs]
 
 # %% ../../nbs/studies/01_ablation.ipynb #a31d4a86
+@contextlib.contextmanager
+def without_bars():
+    "Processes that are started meanwhile draw no bars of their own: several would cross on one line."
+    was = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try: yield
+    finally:
+        if was is None: del os.environ["TQDM_DISABLE"]
+        else: os.environ["TQDM_DISABLE"] = was
+
 def in_processes(step, jobs: list[Job], workers: int):
     """Yield (job, result) as they finish. A failed job raises after the others are done; what they computed
     is on disk."""
@@ -460,7 +470,7 @@ def in_processes(step, jobs: list[Job], workers: int):
         for job in jobs: yield job, step(job)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+    with without_bars(), ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
         waiting = {pool.submit(step, job): job for job in jobs}
         for done in as_completed(waiting): yield waiting[done], done.result()
 

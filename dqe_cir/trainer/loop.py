@@ -11,13 +11,13 @@ import contextlib, warnings
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from ..core import generator
 from ..data.datasets import load_dataset
 from ..encoder.tokens import cache_tokens
 from ..files import DataError, owned, read_tensors, write_json
 from ..methods.base import Method
+from ..terminal import Progress, epoch_line, how_to_go_on, say
 from .batches import TrainingSet, epoch_batches, negative_tokens, training_set
 from .config import TrainConfig, form_of, train_config
 from .mining import NegativePool
@@ -102,6 +102,7 @@ def one_epoch(method: Method, data: TrainingSet, run: Run, stepper: Stepper, epo
     wrong = data.false_negatives(epoch) if form_of(config).wants_negatives(config) else None
     run.log("epoch", epoch=ended, loss=terms, metrics=metrics, false_negatives=wrong)
     keep_checkpoint(run, method, stepper, ended, data.negatives)
+    say(epoch_line(progress_bar, ended, config.epochs, terms["total"], metrics))
 
 # %% ../../nbs/trainer/06_loop.ipynb #f70ffa57
 def left_over(run: Run) -> list[Path]:
@@ -168,8 +169,9 @@ def fit_alone(method: Method, data: TrainingSet, run: Run, evaluate, until: int 
     steps = len(epoch_steps(data, config, 0))
     last = config.epochs if until is None else min(until, config.epochs)
     devices = [stepper.device] if stepper.device.type == "cuda" else []
-    bar = tqdm(total=config.epochs * steps, initial=first * steps, desc="training", unit="step",
-               mininterval=1)
+    bar = Progress(total=config.epochs * steps, initial=first * steps, desc="training", unit="step",
+                   mininterval=1, every=60)
+    say(how_to_go_on(run.folder))
     with bar, torch.random.fork_rng(devices), tower_aside(method), quick_products(stepper.device):
         for epoch in range(first, last): one_epoch(method, data, run, stepper, epoch, evaluate, bar)
     if last == config.epochs: finish(run, method, data.negatives)

@@ -17,13 +17,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from ...core import data_folder, writable_data
 from .draw import ATTRIBUTES, CATEGORIES, Garment, draw_garment
 from .requests import Mention, NEVER_DRIFTS, codes, is_relevant, mention_of
 from .requests import relevant_rows, sentence, two_captions
 from ...files import DataError, refused_by_disk, write_json
+from ...terminal import Progress
 
 # %% ../../../nbs/data/garments/03_benchmark.ipynb #123ba066
 SIZES = {  # per category: images and triplets; all: queries in CIRR's layout
@@ -258,7 +258,7 @@ def render_all(
     jobs = [(str(folder / f"{name}.png"), tuple(asdict(garment).values()), name, seed)
             for name, garment in images.items()]
     workers = workers or (min(os.cpu_count() or 1, 8) if len(jobs) >= 1000 else 1)
-    with tqdm(total=len(jobs), desc="drawing garments", disable=not progress) as bar:
+    with Progress(total=len(jobs), desc="drawing garments", disable=not progress) as bar:
         if workers == 1:
             for job in jobs:
                 render(job)
