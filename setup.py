@@ -23,5 +23,6 @@ setup(
     package_data={"dqe_cir": ["assets/**"]},
     install_requires=shlex.split(settings["requirements"]),
     extras_require={name: shlex.split(settings[f"{name}_requirements"]) for name in ("dev", "heic")},
-    entry_points={"nbdev": ["dqe_cir=dqe_cir._modidx:d"]},
+    entry_points={"nbdev": ["dqe_cir=dqe_cir._modidx:d"],
+                  "console_scripts": ["dqe-cir=dqe_cir.retriever.commands:main"]},
 )

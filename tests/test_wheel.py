@@ -170,3 +170,12 @@ def test_the_citation_has_what_its_format_asks_for():
     assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["title"] and citation["authors"]
     paper, = citation["references"]
     assert {"type", "title", "authors"} <= set(paper) and paper["identifiers"] == [{"type": "other", "value": "arXiv:2603.04037"}]
+
+
+def test_the_command_searches(python, elsewhere, tmp_path):
+    "`dqe-cir`, with its caches in a folder of their own, so that nothing lies beside the pictures."
+    words = ("search", "pictures", "--model", "garments", "--reference", "pictures/red.png", "--text", "is blue", "--json")
+    environment = {**elsewhere["env"], "DQE_CIR_DATA": str(tmp_path)}
+    found = json.loads(run(python.parent / "dqe-cir", *words, cwd=elsewhere["cwd"], env=environment))
+    assert sorted(row["id"] for row in found) == ["blue.png", "green.png"]
+    assert (tmp_path / "indexes").is_dir()

@@ -1,6 +1,6 @@
-"`python -m dqe_cir.retriever export`"
+"`python -m dqe_cir.retriever index | search | serve | export`"
 import sys
 
-from dqe_cir.retriever.share import main
+from dqe_cir.retriever.commands import main
 
 sys.exit(main())
