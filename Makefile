@@ -8,11 +8,10 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 UNFINISHED := .cache/unfinished-install
 
-# Jupyter, IPython, pip, Hugging Face and the browser that draws figures would write to the home folder. A HF_HOME of your own is kept.
+# Jupyter, IPython, pip and Hugging Face would write to the home folder. A HF_HOME of your own is kept.
 HF_HOME ?= $(CURDIR)/.cache/huggingface
 export HF_HOME
 export XDG_CACHE_HOME := $(CURDIR)/.cache
-export CHROME_CONFIG_HOME := $(CURDIR)/.cache/chrome
 export IPYTHONDIR := $(CURDIR)/.cache/ipython
 export JUPYTER_CONFIG_DIR := $(CURDIR)/.cache/jupyter/config
 export JUPYTER_DATA_DIR := $(CURDIR)/.cache/jupyter/data

@@ -117,13 +117,9 @@ def smoke() -> bool:
 
 # %% ../nbs/ideas/01_core.ipynb #2698083a
 def use_static_figures() -> str:
-    "Let plotly figures carry a PNG where one can be drawn. Returns the renderer that is in use."
-    import plotly.io as pio, shutil
-    browser = any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "chrome"))
-    static = browser and importlib.util.find_spec("kaleido") is not None and not smoke()
-    if static:
-        import kaleido, warnings
-        warnings.filterwarnings("ignore", "The kopts argument is ignored")
-        kaleido.start_sync_server(silence_warnings=True)  # one browser for all figures
-    pio.renderers.default = "plotly_mimetype+png" if static else "plotly_mimetype"
+    "Let plotly figures carry a picture of themselves as well. Returns the renderer that is in use."
+    import plotly.io as pio
+    from dqe_cir.static import PictureRenderer
+    pio.renderers["picture"] = PictureRenderer()
+    pio.renderers.default = "plotly_mimetype" if smoke() else "plotly_mimetype+picture"
     return pio.renderers.default

@@ -3,14 +3,12 @@ import errno
 import json
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import plotly.graph_objects as go
 import pytest
@@ -206,25 +204,16 @@ def renderers(monkeypatch):
 def carried(): return set(go.Figure(go.Scatter(y=[1, 3, 2]))._repr_mimebundle_())
 
 
-def test_without_a_browser_a_figure_carries_its_json(monkeypatch, renderers):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert use_static_figures() == renderers.default == "plotly_mimetype" and carried() == {"application/vnd.plotly.v1+json"}
+def test_a_figure_carries_a_picture_without_any_browser(monkeypatch, renderers):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("IN_TEST", raising=False)
+    assert use_static_figures() == renderers.default == "plotly_mimetype+picture"
+    assert carried() == {"application/vnd.plotly.v1+json", "image/png"}
 
 
 def test_in_a_test_a_figure_carries_its_json(monkeypatch, renderers):
-    monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setenv("IN_TEST", "1")
     assert use_static_figures() == "plotly_mimetype" and carried() == {"application/vnd.plotly.v1+json"}
-
-
-def test_with_a_browser_a_figure_carries_a_picture_as_well(monkeypatch, renderers):
-    started = []
-    monkeypatch.setattr(shutil, "which", lambda name: name)
-    monkeypatch.setitem(sys.modules, "kaleido", SimpleNamespace(start_sync_server=lambda **options: started.append(options), __spec__=SimpleNamespace()))
-    monkeypatch.setattr(go.Figure, "to_image", lambda self, *a, **k: b"a picture")
-    monkeypatch.setattr("plotly.io._base_renderers.to_image", lambda *a, **k: b"a picture", raising=False)
-    assert use_static_figures() == renderers.default == "plotly_mimetype+png" and started == [{"silence_warnings": True}]
-    assert carried() == {"application/vnd.plotly.v1+json", "image/png"}
 
 
 def test_data_lie_where_the_variable_says_or_beside_the_notebooks(monkeypatch, tmp_path):
