@@ -39,14 +39,15 @@ def colour_map(scale) -> colors.Colormap:
     return colors.LinearSegmentedColormap.from_list("scale", [(place, colour(one)) for place, one in steps])
 
 # %% ../nbs/ideas/00_static.ipynb #e203dd98
-DASHES = {"dot": ":", "dash": "--", "dashdot": "-.", "longdash": (0, (8, 3)), "longdashdot": "-.", "solid": "-"}
-MARKS = {"circle": "o", "square": "s", "diamond": "D", "x": "x", "cross": "P", "star": "*", "triangle-up": "^"}
+DASHES = {"dot": ":", "dash": "--", "dashdot": "-.", "longdash": (0, (8, 3)), "solid": "-"}
+MARKS = {"circle": "o", "square": "s", "diamond": "D", "x": "x", "cross": "P", "star": "*"}
 STEPS = {"hv": "steps-post", "vh": "steps-pre", "hvh": "steps-mid", "vhv": "steps-mid"}
 
 def listed(values, other) -> list:
     "Values of a trace as a list; where there are none, 0, 1, 2, ... as many as `other` has."
     return list(range(len(other))) if values is None else list(values)
 
+# %% ../nbs/ideas/00_static.ipynb #606989e5
 def text_place(where: str | None) -> dict:
     "plotly's `top left` as the side of a point on which its words stand."
     up, _, side = (where or "top center").partition(" ")
@@ -60,7 +61,8 @@ def draw_scatter(axes, trace: go.Scatter, first: str) -> None:
     "Lines, points, words and error bars of a trace; `first` is its colour where it names none."
     y = listed(trace.y, trace.x)
     x, mode = listed(trace.x, y), trace.mode or ("lines+markers" if len(y) < 20 else "lines")
-    own = colour(trace.line.color or (trace.marker.color if isinstance(trace.marker.color, str) else None), first)
+    mark = trace.marker.color if isinstance(trace.marker.color, str) else None
+    own = colour(trace.line.color or mark, first)
     if trace.fill == "toself": axes.fill(x, y, color=colour(trace.fillcolor, own), lw=0)
     if "lines" in mode:
         style = dict(ls=DASHES.get(trace.line.dash, "-"), lw=trace.line.width or 2)
@@ -83,6 +85,7 @@ def draw_points(axes, trace, x: list, y: list, own, name: str | None) -> None:
     scale = colour_map(trace.marker.colorscale) if trace.marker.colorscale else None
     axes.scatter(x, y, s=area, c=chosen, cmap=scale, marker=MARKS.get(symbol, "o"), label=name, zorder=3)
 
+# %% ../nbs/ideas/00_static.ipynb #a617012d
 def draw_errors(axes, trace, x: list, y: list, own) -> None:
     "The bars of a trace's errors, if it has any."
     for name, error in (("xerr", trace.error_x), ("yerr", trace.error_y)):
@@ -103,7 +106,8 @@ class Bars:
 
     def start(self, places: list) -> list[float]:
         "Where bars begin."
-        return [self.filled.get(place, 0.0) if self.mode in ("stack", "relative") else 0.0 for place in places]
+        if self.mode not in ("stack", "relative"): return [0.0] * len(places)
+        return [self.filled.get(place, 0.0) for place in places]
 
     def shift(self) -> tuple[float, float]:
         "The width of the next trace's bars, and how far they stand from the middle of their place."
@@ -139,17 +143,19 @@ def edges(trace: go.Histogram, values: np.ndarray):
     last = values.max() if trace.xbins.end is None else trace.xbins.end
     return np.arange(first, last + 2 * size, size)
 
+# %% ../nbs/ideas/00_static.ipynb #4d4b905f
 def draw_histogram(axes, trace: go.Histogram, first: str) -> None:
     "Values counted in bins."
     values = np.asarray(list(trace.x), dtype=float)
     named = dict(color=colour(trace.marker.color, first), label=trace.name, alpha=trace.opacity or 1)
     axes.hist(values, edges(trace, values), **named)
 
+# %% ../nbs/ideas/00_static.ipynb #aa984e0e
 def draw_box(axes, trace: go.Box, first: str) -> None:
     "A lying box for each name in `y`: the middle half, the median, and how far the values go."
     axes.yaxis.update_units(list(trace.y))
     summaries = zip(trace.q1, trace.median, trace.q3, trace.lowerfence, trace.upperfence)
-    named = [dict(q1=q1, med=middle, q3=q3, whislo=low, whishi=high) for q1, middle, q3, low, high in summaries]
+    named = [dict(zip(("q1", "med", "q3", "whislo", "whishi"), summary)) for summary in summaries]
     own = colour(trace.marker.color or trace.line.color, first)
     style = {part: dict(color=own) for part in ("boxprops", "medianprops", "whiskerprops", "capprops")}
     axes.bxp(named, axes.yaxis.convert_units(list(trace.y)), orientation="horizontal", showfliers=False,
@@ -180,10 +186,12 @@ def plain(words) -> str:
     if isinstance(words, float): return f"{words:g}"
     return re.sub(r"<br ?/?>", "\n", str(words)).replace("<b>", "").replace("</b>", "").replace("$", r"\$")
 
+# %% ../nbs/ideas/00_static.ipynb #d2c0a7b7
 def numbered(name: str | None, kind: str) -> str:
     "The layout's name for an axis that a trace calls `x2`: `xaxis2`."
     return f"{kind}axis{(name or kind)[1:]}"
 
+# %% ../nbs/ideas/00_static.ipynb #182d5fbe
 def dress(axes, x_axis, y_axis) -> None:
     "Titles, ranges, ticks and directions of a pair of axes."
     for axis, name, flip in ((x_axis, "x", axes.invert_xaxis), (y_axis, "y", axes.invert_yaxis)):
@@ -220,6 +228,7 @@ def draw_shape(axes, shape) -> None:
         axes.fill(x, y, facecolor=colour(shape.fillcolor, "none"), edgecolor=edge, lw=style["lw"],
                   alpha=shape.opacity or 1, zorder=3)
 
+# %% ../nbs/ideas/00_static.ipynb #7e93b45b
 def draw_words(picture: Figure, frame: "Frame", pairs: dict, note) -> None:
     "A note of the layout: at a place of a pair of axes, beside a line that spans it, or anywhere."
     words, size = plain(note.text or ""), (note.font.size or 11) * 0.75
@@ -265,12 +274,14 @@ def check_drawn(figure: go.Figure) -> None:
     strange = sorted({trace.type for trace in figure.data} - set(DRAWN) | raw)
     if strange: raise ValueError(f"no picture is drawn of {', '.join(strange)}: {', '.join(DRAWN)} are")
 
+# %% ../nbs/ideas/00_static.ipynb #dffaf28c
 def names_shown(figure: go.Figure) -> list[str]:
     "The names of the traces, where the figure shows them and there are several."
     named = [trace.name for trace in figure.data
              if trace.name and trace.showlegend is not False and trace.type not in ("heatmap", "box")]
     return named if figure.layout.showlegend is not False and len(set(named)) > 1 else []
 
+# %% ../nbs/ideas/00_static.ipynb #fe6e2fef
 def frame_of(figure: go.Figure) -> Frame:
     "Size and margins of the picture of a figure."
     layout, frame = figure.layout, Frame(figure.layout.width or 700, figure.layout.height or 400)
@@ -293,17 +304,18 @@ def draw_trace(axes, trace, first: str, bars: Bars) -> None:
     elif trace.type == "box": draw_box(axes, trace, first)
     else: draw_bar(axes, trace, first, bars)
 
+# %% ../nbs/ideas/00_static.ipynb #26ce2d8a
 def draw_traces(picture: Figure, frame: Frame, figure: go.Figure) -> dict:
     "Draw every trace; returns the pairs of axes by their names in the layout."
     layout, pairs, shared = figure.layout, {}, {}
     cycle = layout.template.layout.colorway or CYCLE
     places = [(numbered(trace.xaxis, "x"), numbered(trace.yaxis, "y")) for trace in figure.data]
-    count = lambda names: sum(trace.type == "bar" and place == names for trace, place in zip(figure.data, places))
+    bars = [place for trace, place in zip(figure.data, places) if trace.type == "bar"]
     for number, (trace, names) in enumerate(zip(figure.data, places)):
         if trace.visible in (False, "legendonly"): continue
         if names not in pairs:
             pairs[names] = picture.add_axes(frame.axes(layout, *names))
-            shared[names] = Bars(layout.barmode or "group", count(names))
+            shared[names] = Bars(layout.barmode or "group", bars.count(names))
         draw_trace(pairs[names], trace, cycle[number % len(cycle)], shared[names])
     return pairs
 
@@ -326,6 +338,7 @@ def picture_of(figure: go.Figure) -> bytes:
         picture.savefig(file, format="png")
         return file.getvalue()
 
+# %% ../nbs/ideas/00_static.ipynb #77da414f
 def draw_legend(picture: Figure, frame: Frame, figure: go.Figure, pairs: dict) -> None:
     "The names of the traces, to the right of the axes; each once."
     if not names_shown(figure): return
@@ -346,6 +359,7 @@ def with_lists(value):
     shape = str(value.get("shape", len(array)))
     return array.reshape([int(side) for side in shape.split(",")]).tolist()
 
+# %% ../nbs/ideas/00_static.ipynb #79de5de7
 class PictureRenderer(MimetypeRenderer):
     "Adds `image/png` to what a figure shows; nothing where a figure has a kind of trace that is not drawn."
 

@@ -95,6 +95,7 @@ def unfinished(home: Path, since: float = 0.0) -> list[Path]:
     open_ones = [path for path in begun if not (path.parent / "model.safetensors").exists()]
     return [path.parent for path in sorted(open_ones, key=lambda path: path.stat().st_mtime)]
 
+# %% ../nbs/ideas/01_terminal.ipynb #3312ac9d
 def how_to_go_on(folder: Path) -> str:
     "Where an unfinished training lies, and the words that resume it."
     again = f"the same command with -p run_dir {folder} goes on after its last epoch"
@@ -106,6 +107,7 @@ def one_line(problem) -> str:
     said = " ".join(str(problem.evalue).split())
     return f"{problem.ename}: {said}" if said else problem.ename
 
+# %% ../nbs/ideas/01_terminal.ipynb #7ac9f4f2
 def papermill(arguments: list[str]) -> int:
     """Call papermill with these words, the second being the notebook that it writes, which gets a free name.
     Returns its exit status: 1 after an error of the notebook, 130 where a person stopped it."""

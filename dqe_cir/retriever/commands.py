@@ -22,8 +22,8 @@ from ..terminal import Progress
 
 # %% ../../nbs/retriever/10_commands.ipynb #578b543b
 def indexed(model: str, folder: str, device: str = "auto") -> Retriever:
-    """A retriever that searches the pictures below a folder; what it found is said on stderr. `model` is a run,
-    an exported folder, `garments` for the shipped one, or empty: the newest run, else the shipped model."""
+    """A retriever that searches the pictures below a folder; what it found is said on stderr. `model` is a
+    run, an exported folder, `garments` for the shipped one, or empty: the newest run, else the shipped."""
     logging.disable_progress_bar()  # of the library, for weights that are read in no time
     retriever = Retriever.load(model, device)
     with Progress(desc="indexing", unit="pictures", disable=None) as bar:
@@ -55,7 +55,8 @@ def page_notebook(folder: Path, model: str, gallery: str) -> Path:
     cell = dict(cell_type="code", execution_count=None, id="page", metadata={}, outputs=[],
                 source=PAGE.format(model=model, gallery=gallery))
     kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
-    return write_json(folder / "search.ipynb", dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5))
+    notebook = dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)
+    return write_json(folder / "search.ipynb", notebook)
 
 # %% ../../nbs/retriever/10_commands.ipynb #af5af5da
 MESSAGE_BYTES = 2**26  # 64 MiB: a photograph of 40 MB, as text
@@ -65,6 +66,7 @@ def serve_command(notebook: Path, more: list[str]) -> list[str]:
     return [sys.executable, "-m", "voila", str(notebook), "--Voila.ip=127.0.0.1", "--Voila.auto_token=True",
             f"--Voila.tornado_settings=websocket_max_message_size={MESSAGE_BYTES}", *more]
 
+# %% ../../nbs/retriever/10_commands.ipynb #c009073c
 def serve(model: str, gallery: str, more: list[str]) -> int:
     "Show the search page until it is stopped. `DataError` without voila."
     if version_of("voila") is None:
@@ -81,7 +83,7 @@ EXAMPLES = {
     "serve": "dqe-cir serve --gallery photos",
     "export": "dqe-cir export runs/garments-dqe_cir-seed0 coats",
 }
-MODEL = "a run, an exported folder, or garments for the model that ships; without it the newest run under runs/"
+MODEL = "a run, an exported folder, or garments for what ships; without it the newest run under runs/"
 
 def new_command(commands, name: str, told: str) -> argparse.ArgumentParser:
     "A command with its help and its example."
@@ -120,6 +122,7 @@ def run(chosen: argparse.Namespace, more: list[str]) -> int:
         print(answer_lines(found, chosen.json))
     return 0
 
+# %% ../../nbs/retriever/10_commands.ipynb #0d3e8182
 def one_line_warning(message, category, filename, lineno, file=None, line=None):
     "A warning as people read it."
     print(f"note: {message}", file=sys.stderr)
