@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'SHARE', 'READERS', 'AHEAD', 'rows_of', 'sent', 'TokenCache', 'left_in_container', 'free_bytes', 'in_words',
-           'place_for', 'copied', 'read_ahead', 'fetched', 'arrived']
+           'place_for', 'read_ahead', 'copied', 'fetched', 'arrived']
 
 # %% ../../nbs/encoder/00_token_cache.ipynb #0368acbd
 import itertools, math
@@ -95,23 +95,6 @@ def place_for(wanted: str, size: int, free: dict[str, int]) -> tuple[str, str]:
     why = f"auto takes at most half of what is free: {told}" if wanted == "auto" else f"as asked: {told} free"
     return place, f"{in_words(size)} of tokens stay {PLACES[place]} ({why})"
 
-# %% ../../nbs/encoder/00_token_cache.ipynb #1e1728d1
-def copied(tokens, device: torch.device, step: int = 256) -> Tensor:
-    "All rows (N,P,W) in one tensor on a device, in the type they are stored in."
-    first = torch.as_tensor(rows_of(tokens, []))
-    whole = torch.empty(tuple(tokens.shape), dtype=first.dtype, device=device)
-    for start in range(0, len(whole), step):
-        rows = list(range(start, min(start + step, len(whole))))
-        whole[start:start + step] = sent(rows_of(tokens, rows), device)
-    return whole
-
-@patch
-def move(self: TokenCache, place: str) -> "TokenCache":
-    "Keep the tokens on the device or in memory from now on; on disk they stay where they are."
-    if place == "disk": return self
-    self.tokens = copied(self.tokens, self.device if place == "device" else torch.device("cpu"))
-    return self
-
 # %% ../../nbs/encoder/00_token_cache.ipynb #4d5362d9
 READERS = 8  # threads, at most
 
@@ -132,6 +115,23 @@ def read_ahead(read: Callable, wanted: Iterable, room: int, size: Callable = lam
             taken -= begun.popleft()[0]
     finally:
         pool.shutdown(cancel_futures=True)
+
+# %% ../../nbs/encoder/00_token_cache.ipynb #5ed8e497
+def copied(tokens, device: torch.device, step: int = 256) -> Tensor:
+    "All rows (N,P,W) in one tensor on a device, in the type they are stored in."
+    kind = torch.as_tensor(rows_of(tokens, [])).dtype
+    whole = torch.empty(tuple(tokens.shape), dtype=kind, device=device)
+    parts = list(torch.arange(len(whole)).split(step))
+    blocks = read_ahead(lambda rows: rows_of(tokens, rows.tolist()), parts, room=4)
+    for rows, block in zip(parts, blocks): whole[rows[0]:rows[-1] + 1] = sent(block, device)
+    return whole
+
+@patch
+def move(self: TokenCache, place: str) -> "TokenCache":
+    "Keep the tokens on the device or in memory from now on; on disk they stay where they are."
+    if place == "disk": return self
+    self.tokens = copied(self.tokens, self.device if place == "device" else torch.device("cpu"))
+    return self
 
 # %% ../../nbs/encoder/00_token_cache.ipynb #a6945ba4
 def fetched(tokens, rows: list[int], device: torch.device) -> tuple[list[int], Tensor, object]:
