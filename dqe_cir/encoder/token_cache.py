@@ -126,6 +126,7 @@ def copied(tokens, device: torch.device, step: int = 256) -> Tensor:
     for rows, block in zip(parts, blocks): whole[rows[0]:rows[-1] + 1] = sent(block, device)
     return whole
 
+# %% ../../nbs/encoder/00_token_cache.ipynb #cd3977df
 @patch
 def move(self: TokenCache, place: str) -> "TokenCache":
     "Keep the tokens on the device or in memory from now on; on disk they stay where they are."
@@ -140,6 +141,7 @@ def fetched(tokens, rows: list[int], device: torch.device) -> tuple[list[int], T
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream): return rows, sent(rows_of(tokens, rows), device), stream
 
+# %% ../../nbs/encoder/00_token_cache.ipynb #55f4ef19
 def arrived(block: Tensor, stream) -> Tensor:
     "The same tokens, for the stream that computes: it waits for the one that brings them."
     if stream is None: return block

@@ -221,6 +221,7 @@ def shows_negatives(config: TrainConfig, epoch: int) -> bool:
     if not form_of(config).wants_negatives(config): return False
     return epoch >= config.warmup_epochs or config.warm_up != "contrastive"
 
+# %% ../../nbs/trainer/03_batches.ipynb #81a29ddf
 def negative_tokens(data: TrainingSet, rows: list[int], epoch: int,
                     config: TrainConfig) -> torch.Tensor | None:
     "Tokens (B,K,P,W) of each row's negatives; None for methods without and in a contrastive warm-up."
@@ -237,8 +238,10 @@ def looked_at(self: TrainingSet, rows: list[int], epoch: int, config: TrainConfi
     if not shows_negatives(config, epoch): return names
     return names + [name for some in negative_names(self, rows, epoch, config) for name in some]
 
+# %% ../../nbs/trainer/03_batches.ipynb #33d52f7c
 @patch
-def read_ahead(self: TrainingSet, batches: list[list[int]], epoch: int, config: TrainConfig) -> Iterator[None]:
+def read_ahead(self: TrainingSet, batches: list[list[int]], epoch: int,
+               config: TrainConfig) -> Iterator[None]:
     "Have the tokens of one batch of rows after another at hand: each `next` goes on to the following one."
     if not isinstance(self.tokens, TokenCache): return itertools.repeat(None)
     return self.tokens.ahead(self.looked_at(rows, epoch, config) for rows in batches)

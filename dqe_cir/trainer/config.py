@@ -152,8 +152,8 @@ def choices(config: TrainConfig) -> dict[str, tuple[str, ...]]:
     trainable = tuple(spec.name for spec in SPECS.values() if spec.training)
     spec = SPECS.get(config.dataset, SPECS[trainable[0]])
     return {"dataset": trainable, "method": tuple(METHODS), "form": ("shared", "native"),
-            "size": ("full", "smoke"), "precision": tuple(DTYPES), "tokens_on": tuple(PLACES), "evaluate_on": spec.held_out,
-            "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "zone_on": ("query", "target"),
+            "size": ("full", "smoke"), "precision": tuple(DTYPES), "tokens_on": tuple(PLACES),
+            "evaluate_on": spec.held_out, "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "zone_on": ("query", "target"),
             "batches": ("plain", "trns"), "attribute_mode": MODES, "sub_query": SUB_QUERIES,
             "attribute_negatives": ("shared", "own"), "readings": VOCABULARIES,
             "recipe": ("common", "paper"), "warm_up": ("none", "random", "contrastive"),
