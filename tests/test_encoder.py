@@ -1,10 +1,14 @@
 "The encoder against the library's own forward pass, loading that must fail, and a token cache under attack."
 import json
 import os
+import re
+import runpy
 import shutil
 import string
 import subprocess
 import sys
+import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +21,8 @@ from transformers import BertTokenizer, Blip2Config, Blip2ForImageTextRetrieval
 from dqe_cir.core import DataError
 from dqe_cir.encoder import MINI, cache_tokens, load_encoder
 from dqe_cir.encoder.blip2 import encoder_size
+from dqe_cir.encoder.tokens import StoredRows, TokenStore, stores
+from dqe_cir.encoder.tokens import main as tokens_main
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "red", "long", "has", "dots", *string.ascii_lowercase, *("##" + c for c in string.ascii_lowercase)]
 
@@ -494,8 +500,120 @@ def test_shipped_vocabulary_spells_real_requests(annotations):
 
 
 def test_a_store_that_cannot_be_read_back_is_said_to_be_so(tiny, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr("dqe_cir.encoder.tokens.TokenStore.find", lambda store, keys: {})
+    monkeypatch.setattr("dqe_cir.encoder.tokens.TokenStore.find", lambda store, keys, check=True: {})
     with pytest.raises(DataError, match=r"is not what was written to it, for .*0\.png: is the disk damaged"): cached(tiny, pictures, tmp_path / "tokens")
+
+
+# ---- where tokens are kept
+
+PLACES = ("device", "memory", "disk")
+
+
+def kept(encoder, pictures, folder, on): return cache_tokens(encoder, pictures, folder, batch_size=3, progress=False, on=on)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lists=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=9), max_size=12), budget=st.integers(0, 4000), extra=st.lists(st.integers(0, 6), max_size=4))
+def test_every_place_hands_out_the_same_bits_read_ahead_or_not(tiny, pictures, tmp_path, lists, budget, extra):
+    "Batches in any order, with repetitions, with whatever else is asked for in between, within any budget."
+    plain = cached(tiny, pictures, tmp_path / "tokens")[list(pictures)]
+    def named(rows): return [f"image {row}" for row in rows]
+    for place in PLACES:
+        cache = kept(tiny, pictures, tmp_path / "tokens", place)
+        at_hand = cache.ahead([named(rows) for rows in lists], budget)
+        for rows in lists:
+            next(at_hand)
+            for asked in (rows, extra, rows[::-1]): assert torch.equal(cache[named(asked)], plain[asked])
+        at_hand.close()
+        assert torch.equal(cache[named(extra)], plain[extra])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_any_changed_byte_on_disk_is_noticed_when_it_is_read(tiny, pictures, tmp_path, place, flip):
+    "At most one picture is lost by it, and only until the next start."
+    folder = tmp_path / "tokens"
+    good = cached(tiny, pictures, folder)[list(pictures)]
+    (data,), _ = files(folder)
+    raw = bytearray(data.read_bytes())
+    raw[int(place * len(raw))] ^= flip
+    data.write_bytes(raw)
+    cache, lost = kept(tiny, pictures, folder, "disk"), 0
+    for row, name in enumerate(pictures):
+        try: assert torch.equal(cache[[name]][0], good[row])
+        except DataError as problem:
+            assert re.fullmatch(r".*0000\.tokens is damaged in record \d: run it again, and its picture is encoded anew", str(problem))
+            lost += 1
+    counting = Counting(tiny)
+    assert lost <= 1 and torch.equal(kept(counting, pictures, folder, "disk")[list(pictures)], good)
+    assert counting.images <= 1
+
+
+def test_on_disk_nothing_is_checked_at_the_start_and_everything_once(tiny, pictures, tmp_path, monkeypatch):
+    cached(tiny, pictures, tmp_path / "tokens")
+    checked, plain = [], TokenStore.checksum
+    monkeypatch.setattr(TokenStore, "checksum", lambda store, key, tokens: checked.append(key) or plain(store, key, tokens))
+    cache = kept(tiny, pictures, tmp_path / "tokens", "disk")
+    assert not checked
+    for _ in range(2): cache[list(pictures)]
+    assert len(checked) == len(set(checked)) == 7
+
+
+def test_a_damaged_record_that_cannot_be_struck_out_is_to_be_deleted(tiny, pictures, tmp_path, monkeypatch):
+    folder = tmp_path / "tokens"
+    cached(tiny, pictures, folder)
+    (data,), _ = files(folder)
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    cache = kept(tiny, pictures, folder, "disk")
+    monkeypatch.setattr("dqe_cir.encoder.tokens.owned", mock.Mock(side_effect=DataError("not here")))
+    with pytest.raises(DataError, match=r"0000\.tokens is damaged in record 7: delete it, and run it again"): cache[list(pictures)]
+
+
+@pytest.mark.parametrize("on, said", [("device", "do not fit"), ("memory", "do not fit"), ("tape", "no place 'tape'")])
+def test_a_place_that_is_too_small_is_refused_before_anything_is_encoded(tiny, pictures, tmp_path, monkeypatch, on, said):
+    monkeypatch.setattr("dqe_cir.encoder.tokens.free_bytes", lambda device: {"memory": 2000})
+    with pytest.raises(ValueError, match=said): kept(tiny, pictures, tmp_path / "tokens", on)
+    assert not (tmp_path / "tokens").exists() or not files(tmp_path / "tokens")[0]
+    assert isinstance(kept(tiny, pictures, tmp_path / "tokens", "auto").tokens, StoredRows), "7 records of 384 bytes are more than half of 2,000"
+
+
+def test_one_line_says_where_tokens_are_kept_and_why(tiny, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dqe_cir.encoder.tokens.free_bytes", lambda device: {"memory": 8 * 10**9})
+    cache_tokens(tiny, pictures, tmp_path / "tokens")
+    assert "0.0 MB of tokens stay in memory (auto takes at most half of what is free: 8.0 GB in memory)\n" in capsys.readouterr().out
+
+
+def test_a_store_is_not_removed_while_another_process_reads_it(checkpoint, tiny, pictures, tmp_path, capsys):
+    script = """
+import sys
+from pathlib import Path
+from dqe_cir.encoder import cache_tokens, load_encoder
+cache = cache_tokens(load_encoder(sys.argv[1], device="cpu"), dict((name, Path(name)) for name in sys.argv[3:]), sys.argv[2], progress=False, on="disk")
+print("reads", flush=True)
+sys.stdin.readline()
+print(cache[sys.argv[3:]].isfinite().all().item())
+"""
+    folder = tmp_path / "tokens"
+    job = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, checkpoint, folder, *pictures.values()], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                           stderr=subprocess.DEVNULL, text=True)
+    assert job.stdout.readline() == "reads\n"
+    (store,) = stores(folder)
+    remove = ["tokens", "--folder", str(folder), "--remove", store["path"].name]
+    with mock.patch.object(sys, "argv", ["encoder", *remove]), pytest.raises(SystemExit) as ended: runpy.run_module("dqe_cir.encoder", run_name="__main__")
+    assert ended.value.code == 1 and "is being read, by a training, say: wait for it" in capsys.readouterr().out
+    assert job.communicate("\n")[0] == "True\n"
+    assert tokens_main(remove[1:]) == 0 and not stores(folder)
+    assert cached(tiny, pictures, folder)[list(pictures)].isfinite().all()
+
+
+def test_stores_are_removed_by_age(tiny, pictures, tmp_path):
+    folder = tmp_path / "tokens"
+    cached(tiny, pictures, folder)
+    (store,) = stores(folder)
+    for days, stays in ((29, True), (31, False)):
+        for file in store["path"].iterdir(): os.utime(file, (time.time() - days * 86400,) * 2)
+        assert tokens_main(["--folder", str(folder), "--unused-since", "30"]) == 0
+        assert store["path"].exists() == stays
 
 
 def test_pictures_go_through_the_encoders_own_transform(tiny, pictures, tmp_path):

@@ -3,12 +3,13 @@ import json
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from full_size import ROOT, TOWERS, random_encoder
 from gpu import STEPS, measure, training
 
-from dqe_cir.encoder import load_encoder
+from dqe_cir.encoder import TokenCache, load_encoder
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; `python tests/gpu.py` measures one and writes data/results/gpu.json")
 
@@ -28,6 +29,18 @@ def check(figures, on_gpu=True):
 @needs_gpu
 @pytest.mark.parametrize("tower", TOWERS)
 def test_full_size_model_learns_on_a_gpu(tower): check(measure(lambda: random_encoder(tower), "cuda"))
+
+
+@needs_gpu
+@pytest.mark.parametrize("budget", [0, 3_000, 10**6])
+def test_every_place_hands_out_the_same_bits_on_a_gpu(budget):
+    "From the GPU, from memory and from an array, read ahead on other streams or not."
+    stored, names = np.random.default_rng(0).standard_normal((500, 5, 8)).astype(np.float16), [f"image {i}" for i in range(500)]
+    batches = [[names[i] for i in np.random.default_rng(turn).integers(0, 500, 24)] for turn in range(60)]
+    for place in ("device", "memory", "disk"):
+        cache = TokenCache(names, stored, "cuda").move(place)
+        for batch, _ in zip(batches, cache.ahead(batches, budget)):
+            assert torch.equal(cache[batch].cpu(), torch.from_numpy(stored[[cache.row[name] for name in batch]]).float())
 
 
 def test_record():

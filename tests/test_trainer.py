@@ -331,6 +331,29 @@ def test_cached_tokens_become_float32_on_the_device():
     assert there.device.type == "meta" and there.dtype == torch.float32
 
 
+def test_where_tokens_are_kept_changes_no_bit_of_a_training(tmp_path):
+    "Losses, weights and negatives of a run with mined negatives; on disk the loop reads ahead, and nothing else is different."
+    seen, found = [], {}
+    def watched(cache, lists, *rest):
+        seen.append(type(cache.tokens).__name__)
+        return plain(cache, lists, *rest)
+    plain = TokenCache.ahead
+    with mock.patch.object(TokenCache, "ahead", watched):
+        for place in ("device", "memory", "disk"):
+            folder = loop.smoke_run(method="dqe_cir", warmup_epochs=1, tokens_on=place, device="cpu", run_dir=str(tmp_path / place), **PAIRWISE)
+            events = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+            found[place] = events, read_weights(folder / "model.safetensors"), (folder / "negatives.json").read_text()
+    assert seen == ["Tensor"] * 4 + ["StoredRows"] * 2
+    for place in ("memory", "disk"):
+        for one, other in zip(found[place][::2], found["device"][::2]): assert one == other
+        assert all(torch.equal(value, found["device"][1][name]) for name, value in found[place][1].items())
+
+
+def test_where_tokens_are_kept_is_not_what_a_run_is(tmp_path):
+    for place in ("auto", "disk"): open_run(train_config({"run_dir": str(tmp_path / "run"), "tokens_on": place}))
+    with pytest.raises(ValueError, match="unknown tokens_on 'tape'; choose one of auto, device, memory, disk"): train_config({"tokens_on": "tape"})
+
+
 # ---- runs that are stopped
 
 SHAPE = load_encoder("mini", device="cpu").image_tokens(torch.zeros(1, 3, 64, 64)).shape[1:]

@@ -37,7 +37,7 @@ def training_command(config) -> str:
     "The papermill line that trains this model again: every parameter that differs from the defaults."
     standard = asdict(train_config({"dataset": config.dataset, "method": config.method}))
     given = {name: value for name, value in asdict(config).items()
-             if value != standard[name] and name not in ("run_dir", "data_root", "device")}
+             if value != standard[name] and name not in ("run_dir", "data_root", "device", "tokens_on")}
     words = ["papermill nbs/train.ipynb out.ipynb", f"-p dataset {config.dataset} -p method {config.method}"]
     return " ".join(words + [f"-p {name} {shlex.quote(str(value))}" for name, value in given.items()])
 
@@ -106,7 +106,7 @@ def save(self: Retriever, folder: Path | str) -> Path:
     lessons = self.lessons  # before its files go
     about = {"method": self.config.method, "encoder": self.config.encoder} | identity(self.config)
     write_tensors(folder / "model.safetensors", trained_state(self.method), about)
-    settings = asdict(replace(self.config, run_dir="", data_root="", device="auto"))
+    settings = asdict(replace(self.config, run_dir="", data_root="", device="auto", tokens_on="auto"))
     write_json(folder / "config.json", settings | {MADE_FROM: self.fingerprints})
     if self.record: write_json(folder / "results.json", self.record)
     of_another = ("vocabulary.json", "index.json", "index.safetensors", ROWS, VECTORS)

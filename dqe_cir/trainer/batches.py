@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'linked', 'answer_groups', 'groups_aside', 'hold_out', 'epoch_batches', 'grown', 'clustered_batches',
-           'TrainingSet', 'shown_captions', 'shown_text', 'other_targets', 'negative_names', 'negative_tokens',
-           'training_set']
+           'TrainingSet', 'shown_captions', 'shown_text', 'other_targets', 'negative_names', 'shows_negatives',
+           'negative_tokens', 'training_set']
 
 # %% ../../nbs/trainer/03_batches.ipynb #42244eec
 import dataclasses, itertools, math
+from collections.abc import Iterator
 
 import torch
 from fastcore.basics import patch
@@ -17,6 +18,7 @@ from ..core import generator
 from ..data.base import CIRDataset, Triplet
 from ..data.captions import stripped
 from ..data.garments.reader import uneven_targets
+from ..encoder.token_cache import TokenCache
 from ..methods.base import Batch, Method
 from .config import TrainConfig, form_of
 from .mining import NegativePool, SAMPLERS, VALUES
@@ -214,14 +216,35 @@ def negative_names(data: TrainingSet, rows: list[int], epoch: int, config: Train
             for some, row in zip(names, rows)]
 
 # %% ../../nbs/trainer/03_batches.ipynb #6acbb1a7
+def shows_negatives(config: TrainConfig, epoch: int) -> bool:
+    "Do the batches of an epoch have explicit negatives?"
+    if not form_of(config).wants_negatives(config): return False
+    return epoch >= config.warmup_epochs or config.warm_up != "contrastive"
+
+# %% ../../nbs/trainer/03_batches.ipynb #81a29ddf
 def negative_tokens(data: TrainingSet, rows: list[int], epoch: int,
                     config: TrainConfig) -> torch.Tensor | None:
     "Tokens (B,K,P,W) of each row's negatives; None for methods without and in a contrastive warm-up."
-    if not form_of(config).wants_negatives(config): return None
-    if epoch < config.warmup_epochs and config.warm_up == "contrastive": return None
+    if not shows_negatives(config, epoch): return None
     names = negative_names(data, rows, epoch, config)
     tokens = data.tokens[[name for some in names for name in some]]
     return tokens.unflatten(0, (len(rows), len(names[0])))
+
+# %% ../../nbs/trainer/03_batches.ipynb #5a0206be
+@patch
+def looked_at(self: TrainingSet, rows: list[int], epoch: int, config: TrainConfig) -> list[str]:
+    "Ids of the images of a batch: references and targets, then explicit negatives where it has some."
+    names = [name for row in rows for name in (self.triplets[row].reference, self.triplets[row].target)]
+    if not shows_negatives(config, epoch): return names
+    return names + [name for some in negative_names(self, rows, epoch, config) for name in some]
+
+# %% ../../nbs/trainer/03_batches.ipynb #33d52f7c
+@patch
+def read_ahead(self: TrainingSet, batches: list[list[int]], epoch: int,
+               config: TrainConfig) -> Iterator[None]:
+    "Have the tokens of one batch of rows after another at hand: each `next` goes on to the following one."
+    if not isinstance(self.tokens, TokenCache): return itertools.repeat(None)
+    return self.tokens.ahead(self.looked_at(rows, epoch, config) for rows in batches)
 
 # %% ../../nbs/trainer/03_batches.ipynb #41f4a20a
 def training_set(config: TrainConfig, dataset: CIRDataset, tokens) -> TrainingSet:

@@ -15,6 +15,7 @@ from ..attributes import MODES, SUB_QUERIES
 from ..core import checked
 from ..data.datasets import SPECS
 from ..encoder.blip2 import DTYPES, encoder_size
+from ..encoder.token_cache import PLACES
 from ..methods.base import Method
 from ..methods.parts import LearnedTemperature
 from ..methods.readings import VOCABULARIES, ReadingOptions
@@ -76,6 +77,7 @@ class TrainConfig(PairOptions, ReadingOptions):
     run_dir: str = ""  # folder of the run; empty means runs/<dataset>-<method>-seed<seed>
     size: str = "full"  # drawn data: full or smoke
     device: str = "auto"
+    tokens_on: str = "auto"  # where image tokens are kept: auto, device, memory or disk
 
 # %% ../../nbs/trainer/02_config.ipynb #7967c56a
 def form_of(config) -> type[Method]:
@@ -150,8 +152,8 @@ def choices(config: TrainConfig) -> dict[str, tuple[str, ...]]:
     trainable = tuple(spec.name for spec in SPECS.values() if spec.training)
     spec = SPECS.get(config.dataset, SPECS[trainable[0]])
     return {"dataset": trainable, "method": tuple(METHODS), "form": ("shared", "native"),
-            "size": ("full", "smoke"), "precision": tuple(DTYPES), "evaluate_on": spec.held_out,
-            "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "zone_on": ("query", "target"),
+            "size": ("full", "smoke"), "precision": tuple(DTYPES), "tokens_on": tuple(PLACES),
+            "evaluate_on": spec.held_out, "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "zone_on": ("query", "target"),
             "batches": ("plain", "trns"), "attribute_mode": MODES, "sub_query": SUB_QUERIES,
             "attribute_negatives": ("shared", "own"), "readings": VOCABULARIES,
             "recipe": ("common", "paper"), "warm_up": ("none", "random", "contrastive"),

@@ -48,11 +48,13 @@ def train_epoch(method: Method, data: TrainingSet, stepper: Stepper, config: Tra
     "One pass over the triplets. Returns the mean of every loss term."
     steps, words = epoch_steps(data, config, epoch), generator(config.seed, "texts", epoch)
     total, sums = config.epochs * len(steps), {}
+    at_hand = data.read_ahead([rows for some in steps for rows in some], epoch, config)
     for step, rows_of_batches in enumerate(steps, epoch * len(steps)):
         stepper.set_rate(stage_factor(step, total, method.stages))
         queries = sum(map(len, rows_of_batches))
 
         def gathered(rows):
+            next(at_hand, None)
             negative = negative_tokens(data, rows, epoch, config)
             return data.batch(rows, method, words, step / total, negative), len(rows) / queries
 
@@ -195,6 +197,6 @@ def smoke_run(**changes) -> Path:
     run = open_run(train_config({**SMOKE, "evaluate_every": 0, **changes}), temporary=True)
     dataset = load_dataset(run.config.dataset, split="train", size=run.config.size)
     method = build_method(run.config)
-    tokens = cache_tokens(method.encoder, dataset, progress=False)
+    tokens = cache_tokens(method.encoder, dataset, progress=False, on=run.config.tokens_on)
     fit(method, training_set(run.config, dataset, tokens), run)
     return run.folder

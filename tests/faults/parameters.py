@@ -35,7 +35,7 @@ def compared(values): return lambda folder: lambda: leaderboard_config({"study":
 
 
 KINDS = {"training": (TrainConfig, trained), "evaluation": (EvaluateConfig, evaluated), "ablation": (StudyConfig, studied), "leaderboard": (LeaderboardConfig, compared)}
-NAMED = {"training": ("dataset", "method", "form", "size", "annotators", "precision"), "evaluation": ("dataset", "protocol"), "ablation": ("conditions", "baseline"),
+NAMED = {"training": ("dataset", "method", "form", "size", "annotators", "precision", "tokens_on"), "evaluation": ("dataset", "protocol"), "ablation": ("conditions", "baseline"),
          "leaderboard": ("conditions", "baseline", "boards", "stage", "dataset")}
 
 

@@ -34,8 +34,8 @@ def pictures(folder, count=COUNT):
     return {f"picture {i}": draw(folder / f"{i}.png", i) for i in range(count)}
 
 
-def cached(paths, folder):
-    return cache_tokens(encoder(), paths, folder / "tokens", batch_size=2, progress=False)
+def cached(paths, folder, on="auto"):
+    return cache_tokens(encoder(), paths, folder / "tokens", batch_size=2, progress=False, on=on)
 
 
 def right(paths):
@@ -60,6 +60,27 @@ def unharmed(paths, folder):
     return act
 
 
+def late(change):
+    "A case of a store on disk that is changed after it was opened: at every start right tokens, or a message that names the shard; in the end right ones."
+    def make(folder):
+        paths = stored(folder)
+        wanted, names = right(paths), list(paths)
+        caches = [cached(paths, folder, on="disk")]
+        change(folder)
+
+        def act():
+            for _ in range(COUNT + 1):
+                cache = caches.pop() if caches else cached(paths, folder, on="disk")
+                try:
+                    for ids in (*([name] for name in names), names): torch.testing.assert_close(cache[ids], wanted[[names.index(name) for name in ids]], rtol=1e-5, atol=1e-5)
+                    return
+                except ValueError as problem:
+                    if ".tokens" not in str(problem): raise
+            raise AssertionError("damaged at every start")
+        return act
+    return make
+
+
 def spoiled(change):
     "A case of a store to which something is done."
     def make(folder):
@@ -69,7 +90,7 @@ def spoiled(change):
     return make
 
 
-def flip(rng, name):
+def flip(rng, name, spoiled=spoiled):
     place, bit = rng.random(), 1 << rng.randrange(8)
     def change(folder):
         file = shard(folder) if name == "tokens" else next((folder / "tokens").rglob(name))
@@ -79,7 +100,7 @@ def flip(rng, name):
     return spoiled(change)
 
 
-def cut(rng, share=None):
+def cut(rng, share=None, spoiled=spoiled):
     share = rng.random() if share is None else share
     def change(folder):
         raw = shard(folder).read_bytes()
@@ -87,7 +108,7 @@ def cut(rng, share=None):
     return spoiled(change)
 
 
-def swapped(rng):
+def swapped(rng, spoiled=spoiled):
     "Two records change places, with or without their keys."
     first, second = rng.sample(range(COUNT), 2)
     start = rng.choice([0, 16, 20, 64])
@@ -110,7 +131,7 @@ def described(rng):
     return spoiled(change)
 
 
-def filled(rng):
+def filled(rng, spoiled=spoiled):
     "Something else in the place of the shard."
     content = rng.choice([b"", b"\0" * 100_000, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"<!doctype html>" * 999, rng.randbytes(60_000)])
     return spoiled(lambda folder: shard(folder).write_bytes(content))
@@ -240,11 +261,12 @@ def not_a_folder(rng):
 
 
 def cases(seed):
-    "About eighty, by kind."
+    "About a hundred, by kind."
     rng = random.Random(seed)
     repaired = [("flipped token", flip, ("tokens",), 14), ("flipped description", flip, ("about.json",), 3), ("cut shard", cut, (), 8), ("cut shard", cut, (0.0,), 1), ("swapped records", swapped, (), 6),
                 ("description", described, (), 6), ("shard of something else", filled, (), 5), ("tail", tail, (), 3), ("notes", notes, (), 4), ("store removed", gone, (), 1), ("touched", touched, (), 2),
-                ("odd name", named, (), 6)]
+                ("odd name", named, (), 6), ("flipped while open", flip, ("tokens", late), 14), ("cut while open", cut, (None, late), 6),
+                ("swapped while open", swapped, (late,), 6), ("something else while open", filled, (late,), 5)]
     for kind, make, arguments, times in repaired:
         for i in range(times): yield Case(kind, f"{kind} {i}", make(rng, *arguments), "accept")
     for kind in BROKEN:
