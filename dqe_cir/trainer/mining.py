@@ -187,7 +187,8 @@ def zone_report(scores: Tensor, target: Tensor, valid: Tensor, eligible: Tensor,
                 right: Tensor | None = None) -> dict[str, Tensor]:
     """Values (Q,) of each query and counts over all of them, from scores (Q,N), zones (Q,N), the rungs (Q,)
     they are on and, where that is known, the right answers (Q,N)."""
-    delta, possible, size = relative_scores(scores, target), possible_negatives(target, valid), eligible.sum(1)
+    delta, possible = relative_scores(scores, target), possible_negatives(target, valid)
+    size = eligible.sum(1)
     members, step = zone_members(delta, eligible, size), grid_steps(delta)
     report = {"zone": size, "rung": rung, "rank": 1 + (delta < 0).sum(1), **zone_extent(members, size),
               "count possible": step_counts(step, possible),
