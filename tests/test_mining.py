@@ -11,15 +11,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+import slow_mining
 from helpers import PAIRWISE
+from slow_mining import Largest
 
+from dqe_cir import sampler as sampler_module
 from dqe_cir.trainer import mining
 from dqe_cir.core import generator
 from dqe_cir.data import CIRDataset, Triplet
 from dqe_cir.methods import Method
 from dqe_cir.trainer import NegativePool
-from dqe_cir.trainer.mining import block_report, candidate_ids, overlap, refresh, same_pictures, summed_up
-from dqe_cir.trainer.mining import valid_candidates
+from dqe_cir.trainer.mining import blocks_of, candidate_ids, merged, mine, mine_block, overlap, refresh, right_answers
+from dqe_cir.trainer.mining import same_pictures, summed_up, valid_candidates, zone_report
 from dqe_cir.sampler import Hardest, MidZone, Random, ScoreDropBand
 from dqe_cir.trainer import TrainingSet, train_config
 from dqe_cir.trainer.batches import negative_tokens, other_targets
@@ -100,7 +103,8 @@ def test_report_by_hand():
     target, valid = torch.tensor([0, 3, 0]), torch.tensor([[True] * 4, [True] * 4, [True, False, False, False]])
     triplets = [query("r", name, str(i)) for i, name in enumerate("ada")]
     dataset = SimpleNamespace(relevant={triplets[0].pair_id: {"a", "b"}, triplets[1].pair_id: {"d", "a", "c"}, triplets[2].pair_id: {"a", "b"}})
-    part = block_report(Random(), scores, target, valid, triplets, list("abcd"), dataset)
+    case, right = (scores, target, valid), right_answers(dataset, triplets, {name: i for i, name in enumerate("abcd")})
+    part = zone_report(*case, *Random().rungs(*case), right)
     assert part["zone"].tolist() == [3, 3, 0] and part["rung"].tolist() == [0, 0, -1] and part["rank"].tolist() == [1, 2, 1]
     assert_close(part["false"], torch.tensor([1 / 3, 2 / 3, 0.0]))  # b of b, c, d; a and c of a, b, c; nothing
     assert_close(part["delta"], torch.tensor([0.5, 0.4, torch.nan]), equal_nan=True)  # of 0.4 0.5 0.8; of 0.5 -0.1 0.4
@@ -108,12 +112,103 @@ def test_report_by_hand():
     assert whole["zone_size"] == pytest.approx([0.6, 3.0, 3.0]) and whole["target_rank"] == pytest.approx([1.0, 1.0, 1.8])
     assert whole["delta"] == pytest.approx([0.41, 0.45, 0.49]) and whole["false_negatives"] == pytest.approx(33.33)
     assert whole["rungs"] == {"-1": 1, "0": 2} and whole["train_R@10"] == 100.0
-    assert "false" not in block_report(Random(), scores, target, valid, triplets, list("abcd"), SimpleNamespace(relevant={}))
+    assert "false" not in zone_report(*case, *Random().rungs(*case))
 
 
 def test_overlap_by_hand():
     assert overlap(torch.tensor([[1, 2, -1], [4, 5, 6]]), torch.tensor([[2, 3, -1], [6, 4, 5]])) == round((1 / 3 + 1) / 2, 4)
     assert overlap(torch.full((2, 3), -1), torch.full((2, 3), -1)) == 0.0
+
+
+# ---- the quick refresh and the slow one
+
+def knowing(dataset):
+    "The same data, which know of every request a few answers that nobody marked."
+    names = {t.pair_id: set(t.positives) | set(dataset.galleries[t.category][5 * i % 20::9]) for i, t in enumerate(dataset.triplets)}
+    return dataclasses.replace(dataset, relevant=names)
+
+
+@pytest.mark.parametrize("zone_on", ["query", "target"])
+@pytest.mark.parametrize("block, portion", [(5, 2**18), (512, 2**18), (512, 100), (5, 1)])
+@pytest.mark.parametrize("sampler", [MidZone(), MidZone(guard=1.5), MidZone("absolute", 0.1, 0.3), MidZone("absolute", 0.9, 0.95), MidZone("meanstd"), MidZone("meanstd", 2.0, 3.0), Random(), Hardest(), ScoreDropBand(),
+                                     ScoreDropBand(window=8)], ids=lambda s: f"{type(s).__name__}{getattr(s, 'scale', '')}")
+def test_pools_and_report_are_those_of_the_slow_form(monkeypatch, sampler, block, portion, zone_on):
+    monkeypatch.setattr(mining, "BLOCK", block)
+    monkeypatch.setattr(sampler_module, "PORTION", portion)
+    for dataset in (two_galleries(), knowing(two_galleries()), two_galleries("fashioniq")):
+        pools, report = refresh(Adding(), dataset, Tokens(), sampler, seed=3, epoch=5, zone_on=zone_on)
+        expected, summary = slow_mining.refresh(Adding(), dataset, Tokens(), sampler, seed=3, epoch=5, zone_on=zone_on)
+        assert torch.equal(pools, expected) and pools.dtype == expected.dtype
+        assert summary.items() <= report.items() and bool(dataset.relevant) == ("false_negatives" in report)
+
+
+@given(seed=st.integers(0, 999), rows=st.integers(1, 30), columns=st.integers(1, 80), ties=st.booleans(), guard=st.sampled_from([0.0, 0.5, 3.0]))
+def test_a_report_by_portions_is_that_of_the_slow_form(seed, rows, columns, ties, guard):
+    draw = generator(seed, "report")
+    scores, target = torch.randn(rows, columns, generator=draw), torch.randint(0, columns, (rows,), generator=draw)
+    if ties: scores = (4 * scores).round() / 4
+    valid, right = torch.rand(2, rows, columns, generator=draw) < torch.rand(1, generator=draw)
+    sampler = MidZone(guard=guard)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler_module, "PORTION", 200)
+        _, report = mine_block(sampler, scores, target, valid, generator(0), right=right)
+    expected = slow_mining.report(sampler, scores, target, valid, right)
+    assert report.keys() == expected.keys()
+    for name, values in expected.items(): assert_close(report[name], values, rtol=0, atol=0, equal_nan=True)
+
+
+def test_candidates_are_encoded_once_and_queries_once():
+    encoded, asked, method = [], [], Adding()
+    target_of, query_of = method.encode_target, method.encode_query
+    method.encode_target = lambda tokens: encoded.append(len(tokens)) or target_of(tokens)
+    method.encode_query = lambda reference, texts: asked.append(len(texts)) or query_of(reference, texts)
+    dataset = two_galleries()
+    refresh(method, dataset, Tokens(), MidZone(), 0, 0, zone_on="target")
+    assert encoded == [40, 25] and sum(asked) == 19
+    encoded.clear()
+    only = dataclasses.replace(dataset, triplets=[t for t in dataset.triplets if t.category == "shirt"])
+    refresh(method, only, Tokens(), MidZone(), 0, 0)
+    assert encoded == [25], "a gallery that nobody searches is not encoded"
+
+
+@pytest.mark.parametrize("sampler", [MidZone(), MidZone("absolute"), Random(), Hardest(), ScoreDropBand()], ids=lambda s: type(s).__name__)
+def test_a_block_makes_nothing_of_the_size_of_its_scores(sampler, monkeypatch):
+    monkeypatch.setattr(sampler_module, "PORTION", 2**13)
+    scores, target, valid = torch.randn(200, 1000, generator=generator(0, "memory")), torch.arange(200), torch.ones(200, 1000, dtype=torch.bool)
+    with Largest() as largest: mine_block(sampler, scores, target, valid, generator(0), right=~valid)
+    assert largest.numbers <= max(2 * 2**13, 200 * mining.POOL), "a portion, or the pools"
+
+
+# ---- in shares
+
+@pytest.mark.parametrize("of", [1, 2, 3, 9])
+@pytest.mark.parametrize("sampler", [MidZone(), MidZone("meanstd", -1.0, 1.0), ScoreDropBand()], ids=lambda s: type(s).__name__)
+def test_a_refresh_in_shares_is_that_of_one_process(monkeypatch, of, sampler):
+    monkeypatch.setattr(mining, "BLOCK", 4)
+    dataset, method, tokens = knowing(two_galleries()), Adding(), Tokens()
+    pools, report = refresh(method, dataset, tokens, sampler, 3, 5)
+    shares = [mine(method, dataset, tokens, sampler, 3, 5, share=(k, of)) for k in range(of)]
+    found = [refresh(method, dataset, tokens, sampler, 3, 5, share=(k, of), gather=lambda own, k=k: [part for share in shares[::-1] for part in share]) for k in range(of)]
+    for other, told in found:
+        assert torch.equal(other, pools) and {**told, "seconds": 0} == {**report, "seconds": 0}
+    assert sum(len(share) for share in shares) == len(blocks_of(dataset)) == 6
+
+
+def test_a_pool_is_renewed_in_shares(monkeypatch):
+    monkeypatch.setattr(mining, "BLOCK", 4)
+    alone, shared = pool_of(two_galleries()), NegativePool(two_galleries(), Tokens(), MidZone(), seed=0, warmup=2, every=3)
+    rest = mine(Adding(), two_galleries(), Tokens(), MidZone(), 0, 2, share=(1, 2))
+    report = shared.renew(Adding(), 2, share=(0, 2), gather=lambda own: own + rest)
+    assert torch.equal(alone.pools, shared.pools) and shared.since == 2 and report["kept"] is None
+
+
+def test_what_is_handed_in_must_be_every_block_once():
+    dataset, tokens = two_galleries(), Tokens()
+    first, second = mine(Adding(), dataset, tokens, MidZone(), 0, 0)
+    for wrong in ([first], [first, second, first], []):
+        with pytest.raises(ValueError, match="a refresh has the blocks 0 to 1, but those handed in are"): merged(wrong, dataset)
+    for share in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="must be .k, n. with k from 0 to n - 1"): mine(Adding(), dataset, tokens, MidZone(), 0, 0, share=share)
 
 
 # ---- what is never a candidate

@@ -8,8 +8,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import slow_mining
+from slow_mining import Largest
+
+from dqe_cir import sampler as sampler_module
 from dqe_cir.core import generator
-from dqe_cir.sampler import Hardest, MidZone, Random, ScoreDropBand, zone_ends
+from dqe_cir.sampler import Hardest, MidZone, Random, ScoreDropBand, row_portions, zone_ends
 
 SAMPLERS = {"quantile": MidZone(), "absolute": MidZone("absolute"), "meanstd": MidZone("meanstd"), "random": Random(), "hardest": Hardest(),
             "qure": ScoreDropBand(), "qure_window": ScoreDropBand(window=5)}
@@ -242,3 +246,97 @@ def test_a_pool_is_the_zone_in_random_order(case, seed):
     pools = MidZone().pool(scores, target, valid, 15, generator(seed))
     assert torch.equal(pools, MidZone().pool(scores, target, valid, 15, generator(seed)))
     for row, pool in enumerate(pools.tolist()): assert sorted(i for i in pool if i >= 0) == eligible[row].nonzero().flatten().tolist()
+
+
+# ---- the quick form and the slow one
+
+KINDS = {**SAMPLERS, "no_guard": MidZone(guard=0.0), "wide_guard": MidZone(guard=2.0), "narrow": MidZone("absolute", 0.3, 0.6, smallest=2), "all_below": MidZone("quantile", 0.0, 1.0, 0.0, 0),
+         "pooled": MidZone("meanstd", -0.5, 0.5), "qure_3": ScoreDropBand(3)}
+
+
+@st.composite
+def crowded(draw):
+    "Up to 40 rows of up to 300 columns, from no tie at all to hardly anything else, and which candidates are valid; some rows have none."
+    rows, columns = draw(st.integers(1, 40)), draw(st.integers(1, 300))
+    rng = np.random.default_rng(draw(st.integers(0, 10_000)))
+    scores, grain = rng.normal(size=(rows, columns)) * draw(st.sampled_from([0.1, 1.0])), draw(st.sampled_from([None, 64, 8, 1]))
+    if grain: scores = np.round(scores * grain) / grain
+    valid = rng.random((rows, columns)) < draw(st.sampled_from([0.02, 0.5, 1.0]))
+    valid[rng.random(rows) < 0.1] = False
+    return torch.tensor(scores).float(), torch.tensor(rng.integers(0, columns, rows)), torch.tensor(valid)
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+@settings(max_examples=40)
+@given(case=crowded(), portion=st.sampled_from([1, 700, 4000, 2**18]))
+def test_zones_rungs_and_pools_are_those_of_the_slow_form(name, case, portion):
+    sampler = KINDS[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler_module, "PORTION", portion)
+        slowly, quickly = generator(3), generator(3)
+        assert torch.equal(sampler.pool(*case, 128, quickly), slow_mining.pool(sampler, *case, 128, slowly))
+        assert torch.equal(quickly.get_state(), slowly.get_state())
+        assert torch.equal(sampler.zone(*case), slow_mining.ZONES[type(sampler)](sampler, *case)[0])
+        expected = slow_mining.rungs(sampler, *case)
+        for found, wanted in zip(sampler.rungs(*case), expected): assert torch.equal(found, wanted) and found.dtype == wanted.dtype
+        for rows, eligible, rung in sampler.portions(*case): assert torch.equal(eligible, expected[0][rows]) and torch.equal(rung, expected[1][rows])
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_a_pool_larger_than_a_portion_is_that_of_the_slow_form(name):
+    scores = torch.randn(130, 5000, generator=generator(0, "large")) * 0.05
+    scores[:40] = (scores[:40] * 500).round() / 500
+    target, valid = scores.topk(60, dim=1).indices[torch.arange(130), torch.arange(130) % 60], torch.rand(130, 5000, generator=generator(1, "large")) < 0.9
+    assert len(row_portions(scores)) == 2
+    assert torch.equal(KINDS[name].pool(scores, target, valid, 128, generator(3)), slow_mining.pool(KINDS[name], scores, target, valid, 128, generator(3)))
+
+
+@given(rows=st.lists(st.integers(1, 30), min_size=1, max_size=6), columns=st.integers(1, 600), seed=st.integers(0, 999))
+def test_random_numbers_by_portions_of_rows_are_those_of_the_whole_matrix(rows, columns, seed):
+    whole, portions = generator(seed), generator(seed)
+    pieces = [torch.rand(count, columns, generator=portions) for count in rows]
+    assert torch.equal(torch.cat(pieces), torch.rand(sum(rows), columns, generator=whole)) and torch.equal(portions.get_state(), whole.get_state())
+
+
+@given(rows=st.integers(0, 2000), columns=st.integers(1, 400_000))
+def test_portions_cover_the_rows_and_leave_none_alone(rows, columns):
+    portions = row_portions(torch.empty(1).expand(rows, columns))
+    assert [row for part in portions for row in range(part.start, part.stop)] == list(range(rows))
+    sizes = [part.stop - part.start for part in portions]
+    assert max(sizes) - min(sizes) <= 1 and (min(sizes) >= 2 or rows < 2) and max(sizes) <= max(3, 2 * sampler_module.PORTION // columns)
+
+
+@each
+def test_nan_in_a_later_portion_names_the_row_of_the_whole(name, monkeypatch):
+    monkeypatch.setattr(sampler_module, "PORTION", 8)
+    scores = torch.zeros(9, 4)
+    scores[7, 1] = torch.nan
+    with pytest.raises(ValueError, match="query row 7 contain NaN"):
+        SAMPLERS[name].pool(scores, torch.zeros(9, dtype=torch.long), torch.ones(9, 4, dtype=torch.bool), 4, generator(0))
+
+
+@pytest.mark.parametrize("sampler", [MidZone(guard=1.0), MidZone("absolute", 0.5, 0.6)], ids=["quantile", "absolute"])
+def test_fallbacks_are_asked_for_rows_with_an_empty_zone_alone(sampler, monkeypatch):
+    scores, target = torch.randn(50, 40, generator=generator(0, "asked")), torch.arange(50) % 40
+    valid, asked = torch.rand(50, 40, generator=generator(1, "asked")) < 0.3, []
+    plain = type(sampler).fallbacks
+    monkeypatch.setattr(type(sampler), "fallbacks", lambda self, *case: asked.append(case[0]) or plain(self, *case))
+    _, used = sampler.rungs(scores, target, valid)
+    empty = ~sampler.zone(scores, target, valid).any(1)
+    assert 0 < empty.sum() < 50 and torch.equal(asked[0], scores[empty]) and len(asked) == 1 and torch.equal(used != 0, empty)
+
+
+def test_a_zone_that_is_its_argument_is_not_written_into():
+    class Same(Random):
+        def zone(self, scores, target, valid): return valid
+    valid = torch.tensor([[False, False], [False, True]])
+    kept = valid.clone()
+    assert Same().rungs(torch.zeros(2, 2), torch.tensor([0, 0]), valid)[1].tolist() == [-1, 0] and torch.equal(valid, kept)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("meanstd", "pooled")])
+def test_nothing_of_the_size_of_the_scores_is_made(name, monkeypatch):
+    monkeypatch.setattr(sampler_module, "PORTION", 2**12)
+    scores, target = torch.randn(64, 1000, generator=generator(0, "memory")), torch.arange(64)
+    with Largest() as largest: KINDS[name].pool(scores, target, torch.ones_like(scores, dtype=torch.bool), 128, generator(0))
+    assert 1000 < largest.numbers <= 2 * 2**12

@@ -50,9 +50,12 @@ def gallery_rows(dataset: CIRDataset) -> dict[str, list[int]]:
 def encode_gallery(method: Method, tokens, names: list[str], batch_size: int = 256) -> Tensor:
     """Embeddings (N,T,D) of images by id, on the method's device; `tokens[ids]` are their cached tokens
     (N,P,W)."""
-    device = next(method.parameters()).device
-    batches = [names[i:i + batch_size] for i in range(0, len(names), batch_size)]
-    return torch.cat([method.encode_target(tokens[batch].to(device)) for batch in batches])
+    device, embeddings = next(method.parameters()).device, None
+    for i in range(0, len(names), batch_size):
+        some = method.encode_target(tokens[names[i:i + batch_size]].to(device))
+        if embeddings is None: embeddings = some.new_empty(len(names), *some.shape[1:])  # held once
+        embeddings[i:i + batch_size] = some
+    return embeddings
 
 # %% ../../nbs/evaluator/02_scoring.ipynb #cc1bdf3d
 @torch.no_grad()

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['POOL', 'BLOCK', 'SAMPLERS', 'ZONE_OPTIONS', 'DELTA_GRID', 'VALUES', 'MiningOptions', 'trns', 'unread_options',
            'check_zone', 'check_batches', 'check_mining', 'candidate_ids', 'rows_of', 'same_pictures',
-           'valid_candidates', 'Laps', 'block_scores', 'likeness', 'refresh_gallery', 'refresh', 'delta_counts',
-           'right_answers', 'block_report', 'quantiles', 'summed_up', 'pool_shares', 'method_report', 'NegativePool',
-           'overlap', 'pool_edges']
+           'valid_candidates', 'grid_steps', 'step_counts', 'delta_counts', 'right_answers', 'zone_members',
+           'zone_extent', 'zone_report', 'quantiles', 'joined', 'summed_up', 'Laps', 'block_scores', 'one_vector',
+           'likeness', 'Block', 'blocks_of', 'mine_block', 'Candidates', 'Mined', 'mined', 'mine', 'merged', 'refresh',
+           'pool_shares', 'method_report', 'NegativePool', 'overlap', 'pool_edges']
 
 # %% ../../nbs/trainer/01_mining.ipynb #54b9bc1c
 import hashlib, math, time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from fastcore.basics import patch
@@ -25,7 +27,7 @@ from ..data.datasets import SPECS
 from ..evaluator.scoring import encode_gallery, encode_queries
 from ..methods.base import Method
 from ..sampler import Hardest, MidZone, Random, Sampler, ScoreDropBand
-from ..sampler import possible_negatives, relative_scores
+from ..sampler import possible_negatives, random_members, relative_scores, sorted_rows
 
 # %% ../../nbs/trainer/01_mining.ipynb #9677af83
 POOL = 128  # candidates that are kept of each query, to draw from until the next refresh
@@ -142,6 +144,87 @@ def valid_candidates(dataset: CIRDataset, triplets, position: dict[str, int],
         valid[row, [position[name] for name in known if name in position]] = False
     return valid
 
+# %% ../../nbs/trainer/01_mining.ipynb #d71b2cbd
+DELTA_GRID = (-1.0, 2.0, 150)  # lowest, highest, steps between
+
+def grid_steps(delta: Tensor) -> Tensor:
+    "(Q,N) int32: the step of the grid that each delta falls into."
+    low, high, steps = DELTA_GRID
+    return ((delta - low) * (steps / (high - low))).floor().clamp(0, steps - 1).int()
+
+def step_counts(step: Tensor, mask: Tensor) -> Tensor:
+    "(steps,) int64: how many entries chosen by `mask` (Q,N) lie in each step (Q,N)."
+    count = DELTA_GRID[2]
+    return torch.bincount(step.masked_fill(~mask, count).flatten(), minlength=count + 1)[:count]
+
+def delta_counts(delta: Tensor, mask: Tensor) -> Tensor:
+    "(steps,) int64: how many entries chosen by `mask` (Q,N) have their delta (Q,N) in each step of the grid."
+    return step_counts(grid_steps(delta), mask)
+
+# %% ../../nbs/trainer/01_mining.ipynb #c5e71009
+def right_answers(dataset: CIRDataset, triplets, position: dict[str, int]) -> Tensor:
+    "(Q,N) bool: which images answer which query, marked or not; for data that know."
+    right = torch.zeros(len(triplets), len(position), dtype=torch.bool)
+    for row, triplet in enumerate(triplets):
+        names = dataset.relevant[triplet.pair_id]
+        right[row, [position[name] for name in names if name in position]] = True
+    return right
+
+# %% ../../nbs/trainer/01_mining.ipynb #9251725c
+def zone_members(delta: Tensor, eligible: Tensor, size: Tensor) -> Tensor:
+    "Rising deltas (Q,W) of each zone (Q,N), inf behind its last; W is the largest of the sizes (Q,)."
+    width = max(1, int(size.max())) if len(size) else 1
+    return sorted_rows(delta.masked_fill(~eligible, torch.inf))[:, :width]
+
+def zone_extent(members: Tensor, size: Tensor) -> dict[str, Tensor]:
+    "Median, smallest and largest delta (Q,) of the `zone_members`; nan, inf and -inf for an empty zone."
+    def at(place): return members.gather(1, place.clamp(min=0).unsqueeze(1))[:, 0]
+    return {"delta": at((size - 1) // 2).masked_fill(size == 0, torch.nan), "nearest": members[:, 0],
+            "farthest": at(size - 1).masked_fill(size == 0, -torch.inf)}
+
+# %% ../../nbs/trainer/01_mining.ipynb #3964fad4
+def zone_report(scores: Tensor, target: Tensor, valid: Tensor, eligible: Tensor, rung: Tensor,
+                right: Tensor | None = None) -> dict[str, Tensor]:
+    """Values (Q,) of each query and counts over all of them, from scores (Q,N), zones (Q,N), the rungs (Q,)
+    they are on and, where that is known, the right answers (Q,N)."""
+    delta, possible = relative_scores(scores, target), possible_negatives(target, valid)
+    size = eligible.sum(1)
+    members, step = zone_members(delta, eligible, size), grid_steps(delta)
+    report = {"zone": size, "rung": rung, "rank": 1 + (delta < 0).sum(1), **zone_extent(members, size),
+              "count possible": step_counts(step, possible),
+              "count zone": delta_counts(members, members.isfinite())}
+    if right is None: return report
+    false = (right & eligible).sum(1) / size.clamp(min=1)
+    return report | {"false": false, "count right": step_counts(step, right & possible)}
+
+# %% ../../nbs/trainer/01_mining.ipynb #ee018eea
+def quantiles(values: Tensor) -> list[float]:
+    "The tenth, the half and the nine tenths of what is finite among some values."
+    found = values[values.isfinite()].quantile(torch.tensor([0.1, 0.5, 0.9]))
+    return [round(q, 4) for q in found.tolist()]
+
+# %% ../../nbs/trainer/01_mining.ipynb #ee9fc0e4
+def joined(reports: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    "One report of several, in main memory: values (Q,) one after the other, counts added."
+    def one(name, parts): return sum(parts) if name.startswith("count ") else torch.cat(parts)
+    return {name: one(name, [report[name] for report in reports]).cpu() for name in reports[0]}
+
+# %% ../../nbs/trainer/01_mining.ipynb #0e97c101
+def summed_up(reports: list[dict[str, Tensor]]) -> dict:
+    "Quantiles, shares (percent) and counts over all queries."
+    whole = joined(reports)
+    values = {name: value.float() for name, value in whole.items() if not name.startswith("count ")}
+    counts = {name: value for name, value in whole.items() if name.startswith("count ")}
+    rungs = values["rung"].int()
+    summary = {"zone_size": quantiles(values["zone"]), "delta": quantiles(values["delta"]),
+               "zone_bounds": [quantiles(values["nearest"]), quantiles(values["farthest"])],
+               "target_rank": quantiles(values["rank"]),
+               "train_R@10": round(100 * (values["rank"] <= 10).float().mean().item(), 2),
+               "rungs": {str(rung): int((rungs == rung).sum()) for rung in rungs.unique().tolist()},
+               "counts": {name.removeprefix("count "): number.tolist() for name, number in counts.items()}}
+    if "false" in values: summary["false_negatives"] = round(100 * values["false"].mean().item(), 2)
+    return summary
+
 # %% ../../nbs/trainer/01_mining.ipynb #0fd6b96f
 class Laps:
     "Seconds per kind of work; a graphics card is waited for."
@@ -165,113 +248,131 @@ class Laps:
 # %% ../../nbs/trainer/01_mining.ipynb #d2b93f79
 @torch.no_grad()
 def block_scores(method: Method, tokens, triplets, gallery: Tensor, clock: Laps) -> Tensor:
-    "Scores (Q,N) float32, in main memory, of some queries against an encoded gallery (N,T,D)."
+    "Scores (Q,N) float32 of some queries against an encoded gallery (N,T,D), where the method is."
     device = next(method.parameters()).device
     queries = clock.lap("encoding", device, encode_queries(method, tokens, triplets))
-    return clock.lap("scoring", device, method.score(queries, gallery).float().cpu())
+    return clock.lap("scoring", device, method.score(queries, gallery).float())
 
 # %% ../../nbs/trainer/01_mining.ipynb #a1875d87
 @torch.no_grad()
-def likeness(gallery: Tensor, target: Tensor) -> Tensor:
-    "Cosines (Q,N) float32, in main memory, of Q images of a gallery (N,T,D), by position (Q,), with all N."
-    images = unit(gallery.float().mean(1))
-    return (images[target.to(images.device)] @ images.T).cpu()
+def one_vector(gallery: Tensor) -> Tensor:
+    "One unit vector (N,D) float32 for each image of a gallery (N,T,D): the mean of its embeddings."
+    return unit(gallery.float().mean(1))
+
+def likeness(images: Tensor, target: Tensor) -> Tensor:
+    "Cosines (Q,N) of Q of the images (N,D), by position (Q,), with all N."
+    return images[target.to(images.device)] @ images.T
 
 # %% ../../nbs/trainer/01_mining.ipynb #7ceca22b
+@dataclass(frozen=True)
+class Block:
+    "Queries that are scored at once."
+    number: int  # among all blocks of a refresh
+    gallery: str
+    start: int  # place of the first query among those of its gallery
+    rows: list[int]  # Q positions in dataset.triplets
+
+def blocks_of(dataset: CIRDataset) -> list[Block]:
+    "What a refresh consists of: gallery by gallery, BLOCK queries each and the rest."
+    found = []
+    for name in candidate_ids(dataset):
+        rows = rows_of(dataset, name)
+        for start in range(0, len(rows), BLOCK):
+            found.append(Block(len(found), name, start, rows[start:start + BLOCK]))
+    return found
+
+# %% ../../nbs/trainer/01_mining.ipynb #8deeb008
 @torch.no_grad()
-def refresh_gallery(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, name: str,
-                    ids: list[str], pools: Tensor, draw: Callable[[int], torch.Generator],
-                    clock: Laps, zone_on: str = "query") -> list[dict[str, Tensor]]:
-    """Fill the rows of `pools` (Q,POOL) whose queries search one gallery, `draw(first row)` being the
-    generator of a block; returns what `block_report` says of each block."""
-    reports, rows, device = [], rows_of(dataset, name), next(method.parameters()).device
-    gallery = clock.lap("encoding", device, encode_gallery(method, tokens, ids))
-    same, position = same_pictures(dataset, ids), {image: i for i, image in enumerate(ids)}
-    clock.lap("selecting", device)
-    for start in range(0, len(rows), BLOCK):
-        block = rows[start:start + BLOCK]
-        triplets = [dataset.triplets[row] for row in block]
-        scores = block_scores(method, tokens, triplets, gallery, clock)
-        target = torch.tensor([position[t.target] for t in triplets])
-        valid = valid_candidates(dataset, triplets, position, same)
-        judged = scores if zone_on == "query" else likeness(gallery, target)
-        pools[block] = sampler.pool(judged, target, valid, POOL, draw(start)).int()
-        clock.lap("selecting", device)
-        reports.append(block_report(sampler, scores, target, valid, triplets, ids, dataset, judged))
-        clock.lap("reporting", device)
-    return reports
+def mine_block(sampler: Sampler, scores: Tensor, target: Tensor, valid: Tensor, generator: torch.Generator,
+               judged: Tensor | None = None, right: Tensor | None = None,
+               clock: Laps | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pools (Q,POOL) int32 and `zone_report` of a block with scores (Q,N), in main memory; `judged` (Q,N):
+    what the sampler sees, if not the scores; `right` (Q,N) bool: the right answers, if known."""
+    clock, pools, reports = clock or Laps(), [], []
+    for rows, eligible, rung in sampler.portions(scores if judged is None else judged, target, valid):
+        pools.append(random_members(eligible, POOL, generator).int())
+        clock.lap("selecting", scores.device)
+        some = None if right is None else right[rows]
+        reports.append(zone_report(scores[rows], target[rows], valid[rows], eligible, rung, some))
+        clock.lap("reporting", scores.device)
+    return torch.cat(pools).cpu(), joined(reports)
 
 # %% ../../nbs/trainer/01_mining.ipynb #4d19c569
+class Candidates:
+    "The images of one gallery as all its blocks use them: encoded once, with what is known about them."
+
+    def __init__(self, method: Method, dataset: CIRDataset, tokens, ids: list[str], zone_on: str):
+        self.embeddings = encode_gallery(method, tokens, ids)  # (N,T,D), where the method is
+        self.vectors = one_vector(self.embeddings) if zone_on == "target" else None  # (N,D)
+        self.position = {image: i for i, image in enumerate(ids)}
+        self.same = same_pictures(dataset, ids)
+
+@dataclass(frozen=True)
+class Mined:
+    "What a refresh has found for a block, in main memory."
+    block: Block
+    pools: Tensor  # (Q,POOL) int32 positions in the gallery, -1: none
+    report: dict[str, Tensor]
+
 @torch.no_grad()
-def refresh(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, seed: int,
-            epoch: int, zone_on: str = "query") -> tuple[Tensor, dict]:
-    "Pools (Q,POOL) int32 of candidate positions within each query's gallery (-1: none), and a report."
+def mined(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, block: Block,
+          candidates: Candidates, draw: torch.Generator, clock: Laps) -> Mined:
+    "Score a block, choose its zones, draw its pools."
+    triplets = [dataset.triplets[row] for row in block.rows]
+    scores = block_scores(method, tokens, triplets, candidates.embeddings, clock)
+    device, position = scores.device, candidates.position
+    target = torch.tensor([position[t.target] for t in triplets], device=device)
+    valid = valid_candidates(dataset, triplets, position, candidates.same).to(device)
+    right = right_answers(dataset, triplets, position).to(device) if dataset.relevant else None
+    judged = None if candidates.vectors is None else likeness(candidates.vectors, target)
+    clock.lap("selecting", device)
+    return Mined(block, *mine_block(sampler, scores, target, valid, draw, judged, right, clock))
+
+# %% ../../nbs/trainer/01_mining.ipynb #fafe2fc4
+@torch.no_grad()
+def mine(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, seed: int, epoch: int,
+         zone_on: str = "query", share: tuple[int, int] = (0, 1), clock: Laps | None = None) -> list[Mined]:
+    "The blocks k, k + n, ... of a refresh for a share (k, n), by a method in evaluation mode."
+    which, of = share
+    if not 0 <= which < of: raise ValueError(f"share={share} must be (k, n) with k from 0 to n - 1")
+    clock, ids, device = clock or Laps(), candidate_ids(dataset), next(method.parameters()).device
+    found = []
+    for name, blocks in groupby(blocks_of(dataset)[which::of], lambda block: block.gallery):
+        candidates = Candidates(method, dataset, tokens, ids[name], zone_on)
+        clock.lap("encoding", device)
+        for block in blocks:
+            draw = generator(seed, "pool", epoch, name, block.start)
+            found.append(mined(method, dataset, tokens, sampler, block, candidates, draw, clock))
+        del candidates  # before the next gallery is encoded
+    return found
+
+# %% ../../nbs/trainer/01_mining.ipynb #c86f6121
+def merged(found: list[Mined], dataset: CIRDataset) -> tuple[Tensor, dict]:
+    "Pools (Q,POOL) int32 and summed-up report of all blocks of a refresh, in any order."
+    found, count = sorted(found, key=lambda part: part.block.number), len(blocks_of(dataset))
+    numbers = [part.block.number for part in found]
+    if numbers != list(range(count)):
+        raise ValueError(f"a refresh has the blocks 0 to {count - 1}, but those handed in are {numbers}: "
+                         "each process must mine its own share, and hand it in once")
+    pools = torch.full((len(dataset.triplets), POOL), -1, dtype=torch.int32)
+    for part in found: pools[part.block.rows] = part.pools
+    return pools, summed_up([part.report for part in found])
+
+# %% ../../nbs/trainer/01_mining.ipynb #9b66e2b0
+@torch.no_grad()
+def refresh(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, seed: int, epoch: int,
+            zone_on: str = "query", share: tuple[int, int] = (0, 1),
+            gather: Callable[[list[Mined]], list[Mined]] | None = None) -> tuple[Tensor, dict]:
+    """Pools (Q,POOL) int32 of candidate positions within each query's gallery (-1: none), and a report;
+    with a `share`, `gather` makes the blocks of all processes out of those of this one."""
     clock, training, device = Laps(), method.training, next(method.parameters()).device
-    pools, reports = torch.full((len(dataset.triplets), POOL), -1, dtype=torch.int32), []
     method.eval()
-    for name, ids in candidate_ids(dataset).items():
-        draw = lambda start, name=name: generator(seed, "pool", epoch, name, start)
-        own = name, ids, pools, draw
-        reports += refresh_gallery(method, dataset, tokens, sampler, *own, clock, zone_on)
-    report = summed_up(reports) | pool_shares(dataset, pools) | method_report(method, dataset, tokens)
+    found = mine(method, dataset, tokens, sampler, seed, epoch, zone_on, share, clock)
+    pools, report = merged(found if gather is None else gather(found), dataset)
+    report |= pool_shares(dataset, pools) | method_report(method, dataset, tokens)
     clock.lap("reporting", device)
     method.train(training)
     return pools, {**report, "seconds": clock.rounded()}
-
-# %% ../../nbs/trainer/01_mining.ipynb #d71b2cbd
-DELTA_GRID = (-1.0, 2.0, 150)  # lowest, highest, steps between
-
-def delta_counts(delta: Tensor, mask: Tensor) -> Tensor:
-    "(steps,) int64: how many entries chosen by `mask` (Q,N) have their delta (Q,N) in each step of the grid."
-    low, high, steps = DELTA_GRID
-    place = ((delta[mask] - low) * (steps / (high - low))).floor().clamp(0, steps - 1).long()
-    return torch.bincount(place, minlength=steps)
-
-# %% ../../nbs/trainer/01_mining.ipynb #c5e71009
-def right_answers(dataset: CIRDataset, triplets, ids: list[str]) -> Tensor:
-    "(Q,N) bool: which images answer which query, marked or not; for data that know."
-    return torch.tensor([[name in dataset.relevant[t.pair_id] for name in ids] for t in triplets])
-
-# %% ../../nbs/trainer/01_mining.ipynb #3964fad4
-def block_report(sampler: Sampler, scores: Tensor, target: Tensor, valid: Tensor, triplets,
-                 ids: list[str], dataset: CIRDataset, judged: Tensor | None = None) -> dict[str, Tensor]:
-    """Values (Q,) of each query of a block, and counts over the block, from scores (Q,N); `judged` (Q,N):
-    what the sampler saw, if it was not the scores."""
-    eligible, rung = sampler.rungs(scores if judged is None else judged, target, valid)
-    delta, possible = relative_scores(scores, target), possible_negatives(target, valid)
-    size, inside = eligible.sum(1), delta.masked_fill(~eligible, torch.nan)
-    report = {"zone": size, "rung": rung, "delta": inside.nanmedian(1).values,
-              "rank": 1 + (delta < 0).sum(1),
-              "nearest": inside.nan_to_num(torch.inf).amin(1),
-              "farthest": inside.nan_to_num(-torch.inf).amax(1),
-              "count possible": delta_counts(delta, possible), "count zone": delta_counts(delta, eligible)}
-    if not dataset.relevant: return report
-    right = right_answers(dataset, triplets, ids)
-    false = (right & eligible).sum(1) / size.clamp(min=1)
-    return report | {"false": false, "count right": delta_counts(delta, right & possible)}
-
-# %% ../../nbs/trainer/01_mining.ipynb #ee018eea
-def quantiles(values: Tensor) -> list[float]:
-    "The tenth, the half and the nine tenths of what is finite among some values."
-    found = values[values.isfinite()].quantile(torch.tensor([0.1, 0.5, 0.9]))
-    return [round(q, 4) for q in found.tolist()]
-
-# %% ../../nbs/trainer/01_mining.ipynb #0e97c101
-def summed_up(reports: list[dict[str, Tensor]]) -> dict:
-    "Quantiles, shares (percent) and counts over all queries."
-    named = [name for name in reports[0] if not name.startswith("count ")]
-    counted = [name for name in reports[0] if name.startswith("count ")]
-    values = {name: torch.cat([report[name] for report in reports]).float() for name in named}
-    counts = {name.removeprefix("count "): sum(report[name] for report in reports) for name in counted}
-    rungs = values["rung"].int()
-    summary = {"zone_size": quantiles(values["zone"]), "delta": quantiles(values["delta"]),
-               "zone_bounds": [quantiles(values["nearest"]), quantiles(values["farthest"])],
-               "target_rank": quantiles(values["rank"]),
-               "train_R@10": round(100 * (values["rank"] <= 10).float().mean().item(), 2),
-               "rungs": {str(rung): int((rungs == rung).sum()) for rung in rungs.unique().tolist()},
-               "counts": {name: number.tolist() for name, number in counts.items()}}
-    if "false" in values: summary["false_negatives"] = round(100 * values["false"].mean().item(), 2)
-    return summary
 
 # %% ../../nbs/trainer/01_mining.ipynb #807c726f
 def pool_shares(dataset: CIRDataset, pools: Tensor) -> dict[str, float]:
@@ -318,11 +419,11 @@ class NegativePool:
         if epoch == self.warmup: return True
         return epoch > self.warmup and self.every > 0 and (epoch - self.warmup) % self.every == 0
 
-    def renew(self, method: Method, epoch: int) -> dict:
-        "Refresh, and report how much of the old pools is in the new ones."
+    def renew(self, method: Method, epoch: int, share: tuple[int, int] = (0, 1), gather=None) -> dict:
+        "Refresh, alone or with a share of it, and report how much of the old pools is in the new ones."
         old, self.since = self.pools, epoch
         drawn = self.dataset, self.tokens, self.sampler, self.seed, epoch, self.zone_on
-        self.pools, report = refresh(method, *drawn)
+        self.pools, report = refresh(method, *drawn, share, gather)
         return {**report, "kept": None if old is None else overlap(old, self.pools)}
 
 # %% ../../nbs/trainer/01_mining.ipynb #99f53127
