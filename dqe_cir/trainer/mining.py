@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['POOL', 'BLOCK', 'SAMPLERS', 'ZONE_OPTIONS', 'DELTA_GRID', 'VALUES', 'MiningOptions', 'trns', 'unread_options',
            'check_zone', 'check_batches', 'check_mining', 'candidate_ids', 'rows_of', 'same_pictures',
-           'valid_candidates', 'Laps', 'block_scores', 'likeness', 'refresh_gallery', 'refresh', 'delta_counts',
-           'right_answers', 'block_report', 'quantiles', 'summed_up', 'pool_shares', 'method_report', 'NegativePool',
-           'overlap', 'pool_edges']
+           'valid_candidates', 'Laps', 'block_scores', 'likeness', 'shared_gallery', 'refresh_gallery', 'refresh',
+           'delta_counts', 'right_answers', 'block_report', 'quantiles', 'summed_up', 'pool_shares', 'method_report',
+           'NegativePool', 'overlap', 'pool_edges']
 
 # %% ../../nbs/trainer/01_mining.ipynb #54b9bc1c
 import hashlib, math, time
@@ -26,6 +26,7 @@ from ..evaluator.scoring import encode_gallery, encode_queries
 from ..methods.base import Method
 from ..sampler import Hardest, MidZone, Random, Sampler, ScoreDropBand
 from ..sampler import possible_negatives, relative_scores
+from .processes import ALONE, Processes, placed
 
 # %% ../../nbs/trainer/01_mining.ipynb #9677af83
 POOL = 128  # candidates that are kept of each query, to draw from until the next refresh
@@ -177,18 +178,31 @@ def likeness(gallery: Tensor, target: Tensor) -> Tensor:
     images = unit(gallery.float().mean(1))
     return (images[target.to(images.device)] @ images.T).cpu()
 
+# %% ../../nbs/trainer/01_mining.ipynb #4531c5f5
+def shared_gallery(method: Method, tokens, ids: list[str], processes: Processes = ALONE,
+                   batch_size: int = 256) -> Tensor:
+    "Embeddings (N,T,D) of a gallery's images; every process encodes its share of the batches."
+    cuts = [*range(0, len(ids), batch_size), len(ids)]
+    share = processes.share(len(cuts) - 1)
+    place = slice(cuts[share.start], cuts[share.stop])
+    own = encode_gallery(method, tokens, ids[place] or ids[:1], batch_size)
+    return own if processes.count == 1 else processes.total(placed(own, place, len(ids)))
+
 # %% ../../nbs/trainer/01_mining.ipynb #7ceca22b
 @torch.no_grad()
 def refresh_gallery(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, name: str,
                     ids: list[str], pools: Tensor, draw: Callable[[int], torch.Generator],
-                    clock: Laps, zone_on: str = "query") -> list[dict[str, Tensor]]:
+                    clock: Laps, zone_on: str = "query",
+                    processes: Processes = ALONE) -> list[dict[str, Tensor]]:
     """Fill the rows of `pools` (Q,POOL) whose queries search one gallery, `draw(first row)` being the
-    generator of a block; returns what `block_report` says of each block."""
+    generator of a block; returns what `block_report` says of each block. Of several processes each fills the
+    rows of its blocks."""
     reports, rows, device = [], rows_of(dataset, name), next(method.parameters()).device
-    gallery = clock.lap("encoding", device, encode_gallery(method, tokens, ids))
+    gallery = clock.lap("encoding", device, shared_gallery(method, tokens, ids, processes))
     same, position = same_pictures(dataset, ids), {image: i for i, image in enumerate(ids)}
     clock.lap("selecting", device)
-    for start in range(0, len(rows), BLOCK):
+    starts = range(0, len(rows), BLOCK)
+    for start in starts[processes.share(len(starts))]:
         block = rows[start:start + BLOCK]
         triplets = [dataset.triplets[row] for row in block]
         scores = block_scores(method, tokens, triplets, gallery, clock)
@@ -204,7 +218,7 @@ def refresh_gallery(method: Method, dataset: CIRDataset, tokens, sampler: Sample
 # %% ../../nbs/trainer/01_mining.ipynb #4d19c569
 @torch.no_grad()
 def refresh(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, seed: int,
-            epoch: int, zone_on: str = "query") -> tuple[Tensor, dict]:
+            epoch: int, zone_on: str = "query", processes: Processes = ALONE) -> tuple[Tensor, dict]:
     "Pools (Q,POOL) int32 of candidate positions within each query's gallery (-1: none), and a report."
     clock, training, device = Laps(), method.training, next(method.parameters()).device
     pools, reports = torch.full((len(dataset.triplets), POOL), -1, dtype=torch.int32), []
@@ -212,7 +226,9 @@ def refresh(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, seed:
     for name, ids in candidate_ids(dataset).items():
         draw = lambda start, name=name: generator(seed, "pool", epoch, name, start)
         own = name, ids, pools, draw
-        reports += refresh_gallery(method, dataset, tokens, sampler, *own, clock, zone_on)
+        found = refresh_gallery(method, dataset, tokens, sampler, *own, clock, zone_on, processes)
+        reports += processes.listed(found)
+    pools = processes.total(pools + 1) - 1  # a row that another process has filled is -1 here
     report = summed_up(reports) | pool_shares(dataset, pools) | method_report(method, dataset, tokens)
     clock.lap("reporting", device)
     method.train(training)
@@ -318,11 +334,11 @@ class NegativePool:
         if epoch == self.warmup: return True
         return epoch > self.warmup and self.every > 0 and (epoch - self.warmup) % self.every == 0
 
-    def renew(self, method: Method, epoch: int) -> dict:
+    def renew(self, method: Method, epoch: int, processes: Processes = ALONE) -> dict:
         "Refresh, and report how much of the old pools is in the new ones."
         old, self.since = self.pools, epoch
         drawn = self.dataset, self.tokens, self.sampler, self.seed, epoch, self.zone_on
-        self.pools, report = refresh(method, *drawn)
+        self.pools, report = refresh(method, *drawn, processes)
         return {**report, "kept": None if old is None else overlap(old, self.pools)}
 
 # %% ../../nbs/trainer/01_mining.ipynb #99f53127
