@@ -97,7 +97,8 @@ def one_epoch(method: Method, data: TrainingSet, run: Run, stepper: Stepper, epo
     "Refresh if it is due, train, look if it is due, write down what happened, keep the checkpoint."
     config, ended, processes = run.config, epoch + 1, stepper.processes
     torch.manual_seed(generator(config.seed, "dropout", epoch).initial_seed())
-    found = data.negatives.renew(method, epoch, processes) if data.refresh_due(epoch, config) else None
+    shares = dict(share=(processes.rank, processes.count), gather=processes.listed, encode=processes.gallery)
+    found = data.negatives.renew(method, epoch, **shares) if data.refresh_due(epoch, config) else None
     if found and processes.main: run.log("refresh", epoch=ended, **found)
     terms = train_epoch(method.train(), data, stepper, config, epoch, progress_bar)
     if not processes.main: return

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['POOL', 'BLOCK', 'SAMPLERS', 'ZONE_OPTIONS', 'DELTA_GRID', 'VALUES', 'MiningOptions', 'trns', 'unread_options',
            'check_zone', 'check_batches', 'check_mining', 'candidate_ids', 'rows_of', 'same_pictures',
-           'valid_candidates', 'Laps', 'block_scores', 'likeness', 'shared_gallery', 'refresh_gallery', 'refresh',
-           'delta_counts', 'right_answers', 'block_report', 'quantiles', 'summed_up', 'pool_shares', 'method_report',
-           'NegativePool', 'overlap', 'pool_edges']
+           'valid_candidates', 'Laps', 'block_scores', 'likeness', 'refresh_gallery', 'refresh', 'delta_counts',
+           'right_answers', 'block_report', 'quantiles', 'summed_up', 'pool_shares', 'method_report', 'NegativePool',
+           'overlap', 'pool_edges']
 
 # %% ../../nbs/trainer/01_mining.ipynb #54b9bc1c
 import hashlib, math, time
@@ -26,7 +26,6 @@ from ..evaluator.scoring import encode_gallery, encode_queries
 from ..methods.base import Method
 from ..sampler import Hardest, MidZone, Random, Sampler, ScoreDropBand
 from ..sampler import possible_negatives, relative_scores
-from .processes import ALONE, Processes, placed
 
 # %% ../../nbs/trainer/01_mining.ipynb #9677af83
 POOL = 128  # candidates that are kept of each query, to draw from until the next refresh
@@ -178,58 +177,47 @@ def likeness(gallery: Tensor, target: Tensor) -> Tensor:
     images = unit(gallery.float().mean(1))
     return (images[target.to(images.device)] @ images.T).cpu()
 
-# %% ../../nbs/trainer/01_mining.ipynb #4531c5f5
-def shared_gallery(method: Method, tokens, ids: list[str], processes: Processes = ALONE,
-                   batch_size: int = 256) -> Tensor:
-    "Embeddings (N,T,D) of a gallery's images; every process encodes its share of the batches."
-    cuts = [*range(0, len(ids), batch_size), len(ids)]
-    share = processes.share(len(cuts) - 1)
-    place = slice(cuts[share.start], cuts[share.stop])
-    own = encode_gallery(method, tokens, ids[place] or ids[:1], batch_size)
-    return own if processes.count == 1 else processes.total(placed(own, place, len(ids)))
-
 # %% ../../nbs/trainer/01_mining.ipynb #7ceca22b
 @torch.no_grad()
 def refresh_gallery(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, name: str,
-                    ids: list[str], pools: Tensor, draw: Callable[[int], torch.Generator],
-                    clock: Laps, zone_on: str = "query",
-                    processes: Processes = ALONE) -> list[dict[str, Tensor]]:
-    """Fill the rows of `pools` (Q,POOL) whose queries search one gallery, `draw(first row)` being the
-    generator of a block; returns what `block_report` says of each block. Of several processes each fills the
-    rows of its blocks."""
-    reports, rows, device = [], rows_of(dataset, name), next(method.parameters()).device
-    gallery = clock.lap("encoding", device, shared_gallery(method, tokens, ids, processes))
+                    ids: list[str], draw: Callable[[int], torch.Generator], clock: Laps,
+                    zone_on: str = "query", share: tuple[int, int] = (0, 1), encode=encode_gallery) -> list[tuple]:
+    """Rows, pools (B,POOL) and what `block_report` says of each block of the queries that search one gallery,
+    `draw(first row)` being the generator of a block; of n processes with `share` (k,n) every n-th block."""
+    found, rows, device = [], rows_of(dataset, name), next(method.parameters()).device
+    gallery = clock.lap("encoding", device, encode(method, tokens, ids))
     same, position = same_pictures(dataset, ids), {image: i for i, image in enumerate(ids)}
     clock.lap("selecting", device)
-    starts = range(0, len(rows), BLOCK)
-    for start in starts[processes.share(len(starts))]:
+    for start in range(0, len(rows), BLOCK)[share[0]::share[1]]:
         block = rows[start:start + BLOCK]
         triplets = [dataset.triplets[row] for row in block]
         scores = block_scores(method, tokens, triplets, gallery, clock)
         target = torch.tensor([position[t.target] for t in triplets])
         valid = valid_candidates(dataset, triplets, position, same)
         judged = scores if zone_on == "query" else likeness(gallery, target)
-        pools[block] = sampler.pool(judged, target, valid, POOL, draw(start)).int()
-        clock.lap("selecting", device)
-        reports.append(block_report(sampler, scores, target, valid, triplets, ids, dataset, judged))
-        clock.lap("reporting", device)
-    return reports
+        pool = clock.lap("selecting", device, sampler.pool(judged, target, valid, POOL, draw(start)).int())
+        report = block_report(sampler, scores, target, valid, triplets, ids, dataset, judged)
+        found.append((block, pool, clock.lap("reporting", device, report)))
+    return found
 
 # %% ../../nbs/trainer/01_mining.ipynb #4d19c569
 @torch.no_grad()
 def refresh(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, seed: int,
-            epoch: int, zone_on: str = "query", processes: Processes = ALONE) -> tuple[Tensor, dict]:
-    "Pools (Q,POOL) int32 of candidate positions within each query's gallery (-1: none), and a report."
+            epoch: int, zone_on: str = "query", share: tuple[int, int] = (0, 1), gather=list,
+            encode=encode_gallery) -> tuple[Tensor, dict]:
+    """Pools (Q,POOL) int32 of candidate positions within each query's gallery (-1: none), and a report. Of n
+    processes the k-th has the `share` (k,n); `gather` makes one list of everybody's, and `encode` stands in
+    for `encode_gallery`."""
     clock, training, device = Laps(), method.training, next(method.parameters()).device
-    pools, reports = torch.full((len(dataset.triplets), POOL), -1, dtype=torch.int32), []
+    pools, found = torch.full((len(dataset.triplets), POOL), -1, dtype=torch.int32), []
     method.eval()
     for name, ids in candidate_ids(dataset).items():
         draw = lambda start, name=name: generator(seed, "pool", epoch, name, start)
-        own = name, ids, pools, draw
-        found = refresh_gallery(method, dataset, tokens, sampler, *own, clock, zone_on, processes)
-        reports += processes.listed(found)
-    pools = processes.total(pools + 1) - 1  # a row that another process has filled is -1 here
-    report = summed_up(reports) | pool_shares(dataset, pools) | method_report(method, dataset, tokens)
+        own = name, ids, draw, clock, zone_on, share, encode
+        found += refresh_gallery(method, dataset, tokens, sampler, *own)
+    found = gather(found)
+    for block, pool, _ in found: pools[block] = pool
+    report = summed_up([report for *_, report in found]) | pool_shares(dataset, pools) | method_report(method, dataset, tokens)
     clock.lap("reporting", device)
     method.train(training)
     return pools, {**report, "seconds": clock.rounded()}
@@ -334,11 +322,11 @@ class NegativePool:
         if epoch == self.warmup: return True
         return epoch > self.warmup and self.every > 0 and (epoch - self.warmup) % self.every == 0
 
-    def renew(self, method: Method, epoch: int, processes: Processes = ALONE) -> dict:
-        "Refresh, and report how much of the old pools is in the new ones."
+    def renew(self, method: Method, epoch: int, **shared) -> dict:
+        "Refresh, and report how much of the old pools is in the new ones; `shared` is for several processes."
         old, self.since = self.pools, epoch
         drawn = self.dataset, self.tokens, self.sampler, self.seed, epoch, self.zone_on
-        self.pools, report = refresh(method, *drawn, processes)
+        self.pools, report = refresh(method, *drawn, **shared)
         return {**report, "kept": None if old is None else overlap(old, self.pools)}
 
 # %% ../../nbs/trainer/01_mining.ipynb #99f53127

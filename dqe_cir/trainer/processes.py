@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..encoder.blip2 import Blip2Encoder
+from ..evaluator.scoring import encode_gallery
 from ..methods.base import Method
 
 # %% ../../nbs/trainer/00_processes.ipynb #cf24ba0e
@@ -156,6 +157,17 @@ def shared_passes(method: Method, processes: Processes, rows: int) -> Iterator[N
     try: yield
     finally:
         for encoder in shared: del encoder.encode_target, encoder.fuse, encoder.qformer.forward
+
+# %% ../../nbs/trainer/00_processes.ipynb #401c709c
+@patch
+def gallery(self: Processes, method: Method, tokens, ids: list[str], batch_size: int = 256) -> Tensor:
+    "`encode_gallery`: embeddings (N,T,D) of images by id; every process encodes its share of the batches."
+    if self.count == 1: return encode_gallery(method, tokens, ids)
+    cuts = [*range(0, len(ids), batch_size), len(ids)]
+    share = self.share(len(cuts) - 1)
+    place = slice(cuts[share.start], cuts[share.stop])
+    own = encode_gallery(method, tokens, ids[place] or ids[:1], batch_size)
+    return self.total(placed(own, place, len(ids)))
 
 # %% ../../nbs/trainer/00_processes.ipynb #d2f7d179
 PATIENCE = timedelta(hours=12)
