@@ -228,11 +228,11 @@ def check_processes(config: TrainConfig) -> None:
     said = f"processes={config.processes}"
     if not form_of(config).in_shares or config.form == "native":
         able = ", ".join(name for name, method in METHODS.items() if method.in_shares)
-        raise ValueError(f"{said}: the {config.form} form of method {config.method} is trained by one process; "
-                         f"several can train the shared form of {able}")
+        raise ValueError(f"{said}: the {config.form} form of method {config.method} is trained by one "
+                         f"process; several can train the shared form of {able}")
     if config.mined_columns:
-        raise ValueError(f"{said}: mined_columns=True compares all pictures of a batch, of which each process "
-                         "has a share: use one process")
+        raise ValueError(f"{said}: mined_columns=True compares all pictures of a batch, of which each "
+                         "process has a share: use one process")
     if config.batch_size < config.processes:
         raise ValueError(f"{said} is more than the rows of a batch: choose at most {config.batch_size}")
 

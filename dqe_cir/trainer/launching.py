@@ -48,8 +48,9 @@ def train(config: TrainConfig) -> Run:
 # %% ../../nbs/trainer/11_launching.ipynb #eb5b1576
 def check_cards(config: TrainConfig) -> None:
     "`ValueError` for more processes than this machine has graphics cards, where they are to work on these."
-    cards = 0 if config.device.startswith("cpu") or not torch.cuda.is_available() else torch.cuda.device_count()
-    if cards and config.processes > cards:
+    if config.device.startswith("cpu") or not torch.cuda.is_available(): return
+    cards = torch.cuda.device_count()
+    if config.processes > cards:
         raise ValueError(f"processes={config.processes}: this machine has {cards} graphics cards; "
                          f"choose at most {cards}, or device=cpu")
 

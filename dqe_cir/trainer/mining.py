@@ -181,7 +181,8 @@ def likeness(gallery: Tensor, target: Tensor) -> Tensor:
 @torch.no_grad()
 def refresh_gallery(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, name: str,
                     ids: list[str], draw: Callable[[int], torch.Generator], clock: Laps,
-                    zone_on: str = "query", share: tuple[int, int] = (0, 1), encode=encode_gallery) -> list[tuple]:
+                    zone_on: str = "query", share: tuple[int, int] = (0, 1),
+                    encode=encode_gallery) -> list[tuple]:
     """Rows, pools (B,POOL) and what `block_report` says of each block of the queries that search one gallery,
     `draw(first row)` being the generator of a block; of n processes with `share` (k,n) every n-th block."""
     found, rows, device = [], rows_of(dataset, name), next(method.parameters()).device
@@ -217,7 +218,8 @@ def refresh(method: Method, dataset: CIRDataset, tokens, sampler: Sampler, seed:
         found += refresh_gallery(method, dataset, tokens, sampler, *own)
     found = gather(found)
     for block, pool, _ in found: pools[block] = pool
-    report = summed_up([report for *_, report in found]) | pool_shares(dataset, pools) | method_report(method, dataset, tokens)
+    report = summed_up([report for *_, report in found]) | pool_shares(dataset, pools)
+    report |= method_report(method, dataset, tokens)
     clock.lap("reporting", device)
     method.train(training)
     return pools, {**report, "seconds": clock.rounded()}
