@@ -184,7 +184,7 @@ def test_the_command_trains_and_refuses_in_one_line(home, still, tmp_path):
 
 @pytest.mark.slow
 def test_accelerate_launches_it(home, still, tmp_path):
-    launch = "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"
+    launch = "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m"
     done = command(*launch, "dqe_cir.trainer", *words(**SMALL, encoder=still, run_dir=tmp_path / "run"), home=home)
     assert done.returncode == 0 and (tmp_path / "run" / "model.safetensors").exists(), done.stderr
     refused = command(*launch, "dqe_cir.trainer", *words(**SMALL, processes=3), home=home)
