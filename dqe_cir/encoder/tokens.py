@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUIET', 'NOTES', 'ROOM', 'BLOCK', 'STRUCK', 'HEAD', 'stored_type', 'image_paths', 'content_key', 'mark', 'settled',
            'read_notes', 'write_notes', 'noteworthy', 'content_keys', 'store_key', 'TokenStore', 'hold', 'StoredRows',
-           'load_pixels', 'encoded_batches', 'encode', 'open_store', 'describe', 'refuse', 'waiting_for',
+           'load_pixels', 'encoded_batches', 'encode', 'open_store', 'describe', 'refuse', 'announced', 'waiting_for',
            'cache_tokens', 'already_stored', 'stores', 'remove', 'main']
 
 # %% ../../nbs/encoder/03_tokens.ipynb #16f8cfbb
@@ -371,12 +371,14 @@ def refuse(wrong: dict[str, str], count: int) -> None:
                     "The others are stored: put these right and run it again")
 
 # %% ../../nbs/encoder/03_tokens.ipynb #36caf3ad
-def waiting_for(holder: str, progress: bool) -> None:
-    "Say, where progress is shown, that another process encodes pictures and that this one waits for it."
-    if not progress: return
-    line = f"{holder} is encoding pictures: waiting for it"
+def announced(line: str) -> None:
+    "Say a line in the page and at the terminal."
     Progress.write(line)
     say(line)
+
+def waiting_for(holder: str, progress: bool) -> None:
+    "Say, where progress is shown, that another process encodes pictures and that this one waits for it."
+    if progress: announced(f"{holder} is encoding pictures: waiting for it")
 
 # %% ../../nbs/encoder/03_tokens.ipynb #a624a7c6
 def cache_tokens(encoder: Blip2Encoder, sources, folder: Path | None = None, batch_size: int = 64,
@@ -392,7 +394,7 @@ def cache_tokens(encoder: Blip2Encoder, sources, folder: Path | None = None, bat
     store = open_store(encoder, folder)
     needed = len(keys) * store.record.itemsize
     place, why = place_for(on, needed, free_bytes(torch.device(encoder.device)))
-    if progress: tqdm.write(why)
+    if progress: announced(why)
     found = store.find(keys.values(), check=place != "disk")
     missing = {key: paths[name] for name, key in keys.items() if key not in found}
     if missing:

@@ -45,6 +45,7 @@ class Method(nn.Module):
     uses_negatives = False  # wants explicit negatives, one per query or more
     negatives = "trns"  # the sampler of these negatives, by its name in the trainer, where a run names none
     draws_twice = False  # wants two independent draws of a triplet's text, the second in `Batch.again`
+    in_shares = False  # may several processes each encode a share of a batch's rows
     stages: tuple[float, ...] = ()  # shares of the training at which a further stage begins
     stands_on: str | None = None  # fingerprint of the encoder as it was loaded; None: nobody has taken it
     apart: tuple[str, ...] = ()  # beginnings of names of parameters whose gradients are clipped by themselves

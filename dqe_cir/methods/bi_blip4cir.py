@@ -32,6 +32,7 @@ def freeze_image_side(encoder: Blip2Encoder) -> None:
 # %% ../../nbs/methods/45_bi_blip4cir.ipynb #e7a60cb2
 class BiBLIP4CIR(Method, LearnedTemperature, TwoStages):
     "Image plus directed text, then a combiner; the way back is a second term."
+    in_shares = True
     stages = (0.5,)  # share of the training that fine-tunes the text encoder
     draws_twice = True  # a text for the way there, and one for the way back
     options = ("label_smoothing", "temperature")

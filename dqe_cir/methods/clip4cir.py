@@ -20,6 +20,7 @@ from .parts import Combiner, LearnedTemperature, TwoStages, switches
 # %% ../../nbs/methods/40_clip4cir.ipynb #8194492d
 class CLIP4Cir(Method, LearnedTemperature, TwoStages):
     "Image plus text; then a combiner on frozen encoders."
+    in_shares = True
     stages = (0.5,)  # share of the training that fine-tunes the encoders
     options = ("label_smoothing", "temperature")
     paper = {"temperature": 0.01}  # a scale of 100 in both stages

@@ -25,6 +25,7 @@ from .parts import LearnedTemperature, StillImages, freeze_last_words, switches
 # %% ../../nbs/methods/50_covr.ipynb #7fb6c4b6
 class CoVR(Method, LearnedTemperature):
     "Mean of unit states on both sides; the gallery is fixed; hard negatives weigh more."
+    in_shares = True
     reduce = "mean"
     options = ("label_smoothing", "temperature", "aligned")
     paper = {"temperature": 0.07}

@@ -25,7 +25,7 @@ RANK_MARGIN, ATTRIBUTE_MARGINS = 0.10, {"colour": 0.15, "shape": 0.10}
 # %% ../../nbs/methods/80_dqe_cir.ipynb #a9841f7d
 class DQECIR(ReadsAttributes, Method, LearnedTemperature):
     "Queries that read attributes; in the paper's form sub-queries by attention and one mined negative each."
-    uses_negatives = True
+    uses_negatives = in_shares = True
     options = (
         "aligned", "label_smoothing", "attribute_mode", "sub_query", "pair_smoothing",
         "preference_weight", "ranking_weight", "attribute_weight", "contrastive_weight",
@@ -168,7 +168,7 @@ def losses(self: DQECIR, batch: Batch) -> dict[str, Tensor]:
     query, target = self.composed(batch.reference, batch.texts), self.plain_target(batch.target)
     read = self.reading_terms(query.query, target, batch)
     if batch.negative is None: return {"warm_up": self.contrastive(query.query, target, batch), **read}
-    negative = self.plain_target(batch.negative.flatten(0, 1)).unflatten(0, batch.negative.shape[:2])
+    negative = self.plain_target(batch.negative.flatten(0, 1)).unflatten(0, (-1, batch.negative.shape[1]))
     terms = self.pair_terms(query, target, negative, batch.texts) | read
     if not self.weights["contrastive"]: return terms
     further = negative if self.mined_columns else None

@@ -23,6 +23,7 @@ LIKENESS_TEMPERATURE = 0.1  # of the similarity of two targets, for soft_labels=
 
 class InfoNCE(ReadsAttributes, Method, LearnedTemperature):
     "Joint Q-Former query against the gallery's best token; in-batch softmax with softened labels."
+    in_shares = True
     options = ("label_smoothing", "aligned", "soft_labels", "temperature", *READING_OPTIONS)
     paper = dict(captions="some")  # nobody's: plain InfoNCE, as SPRC and QuRe would write it
 

@@ -20,7 +20,7 @@ from .parts import LearnedTemperature, freeze_last_words
 # %% ../../nbs/methods/70_qure.ipynb #804f35e1
 class QuRe(Method, LearnedTemperature):
     "Mean of the fused states against the gallery's best embedding; one mined negative per query."
-    uses_negatives, negatives = True, "qure"
+    uses_negatives, negatives, in_shares = True, "qure", True
     options = ("aligned", "label_smoothing", "temperature")
     published = {  # the authors' configurations; their program refreshes to the last
         "fashioniq": dict(epochs=30, lr=5e-6, batch_size=32, refresh_left=0),
@@ -71,7 +71,7 @@ def losses(self: QuRe, batch: Batch) -> dict[str, Tensor]:
     if batch.negative is None:
         scores = self.score(query, target) / self.temperature
         return {"warm_up": info_nce(scores, batch.group, self.label_smoothing)}
-    negative = self.encode_target(batch.negative.flatten(0, 1)).unflatten(0, batch.negative.shape[:2])
+    negative = self.encode_target(batch.negative.flatten(0, 1)).unflatten(0, (-1, batch.negative.shape[1]))
     better = products("bd,bktd->bkt", query, target.unsqueeze(1)).amax(-1)
     worse = products("bd,bktd->bkt", query, negative).amax(-1)
     return {"preference": pairwise_kl(better[:, 0] / self.temperature, worse / self.temperature)}

@@ -19,6 +19,7 @@ from .parts import LearnedTemperature, read_text
 # %% ../../nbs/methods/60_sprc.ipynb #9e49751c
 class SPRC(Method, LearnedTemperature):
     "The image as prompts of a sentence that the request continues; the sentence is the query."
+    in_shares = True
     options = ("label_smoothing", "temperature")
     paper = dict(captions="own")  # labels as they are, the temperature of the pretrained encoder
     # weight of the second and third term in the authors' program, whose flags are not read on FashionIQ

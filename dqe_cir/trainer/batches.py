@@ -179,13 +179,14 @@ def shown_text(method: Method, triplet: Triplet, captions: str, generator: torch
 # %% ../../nbs/trainer/03_batches.ipynb #4f882660
 @patch
 def batch(self: TrainingSet, rows: list[int], method: Method, generator: torch.Generator, progress: float,
-          negative: torch.Tensor | None = None) -> Batch:
-    "The batch of some rows; `negative` (B,K,P,W) holds the tokens of their explicit negatives."
+          negative: torch.Tensor | None = None, held: slice = slice(None)) -> Batch:
+    """The batch of some rows; `negative` (B,K,P,W) holds the tokens of their explicit negatives. Pictures are
+    those of the rows `held` alone."""
     chosen = [self.triplets[row] for row in rows]
-    reference = self.tokens[[triplet.reference for triplet in chosen]]
+    reference = self.tokens[[triplet.reference for triplet in chosen[held]]]
     drawn = [[shown_text(method, triplet, self.captions, generator) for triplet in chosen]
              for _ in range(1 + method.draws_twice)]
-    target = self.tokens[[triplet.target for triplet in chosen]]
+    target = self.tokens[[triplet.target for triplet in chosen[held]]]
     labels = None if self.labels is None else self.labels[rows]
     again = drawn[1] if method.draws_twice else None
     return Batch(reference, drawn[0], target, self.groups[rows], negative, progress, labels, again)
@@ -222,13 +223,14 @@ def shows_negatives(config: TrainConfig, epoch: int) -> bool:
     return epoch >= config.warmup_epochs or config.warm_up != "contrastive"
 
 # %% ../../nbs/trainer/03_batches.ipynb #81a29ddf
-def negative_tokens(data: TrainingSet, rows: list[int], epoch: int,
-                    config: TrainConfig) -> torch.Tensor | None:
-    "Tokens (B,K,P,W) of each row's negatives; None for methods without and in a contrastive warm-up."
+def negative_tokens(data: TrainingSet, rows: list[int], epoch: int, config: TrainConfig,
+                    held: slice = slice(None)) -> torch.Tensor | None:
+    """Tokens (B,K,P,W) of each row's negatives, or of the rows `held`; None for methods without and in a
+    contrastive warm-up."""
     if not shows_negatives(config, epoch): return None
-    names = negative_names(data, rows, epoch, config)
+    names = negative_names(data, rows, epoch, config)[held]
     tokens = data.tokens[[name for some in names for name in some]]
-    return tokens.unflatten(0, (len(rows), len(names[0])))
+    return tokens.unflatten(0, (len(names), len(names[0])))
 
 # %% ../../nbs/trainer/03_batches.ipynb #5a0206be
 @patch

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SMALL', 'SMALL_BOUNDS', 'MINING', 'COMMON', 'PLAIN', 'OWN', 'EVERYBODY', 'LOWEST', 'HIGHEST', 'PairOptions',
            'TrainConfig', 'form_of', 'options_of', 'sometimes_read', 'recipe_of', 'presets', 'schedule_of', 'choices',
-           'check_choices', 'given', 'check_read', 'check_ranges', 'check_warm_up', 'train_config', 'as_meant']
+           'check_choices', 'given', 'check_read', 'check_ranges', 'check_warm_up', 'check_processes', 'train_config',
+           'as_meant']
 
 # %% ../../nbs/trainer/02_config.ipynb #b2338fb1
 import dataclasses, math
@@ -51,6 +52,7 @@ class TrainConfig(PairOptions, ReadingOptions):
     form: str = "shared"  # shared: on BLIP-2 tokens, all alike; native: on the backbone it was published with
     encoder: str = "mini"  # mini, a hub id or a local folder
     seed: int = 0
+    processes: int = 1  # that train together, each with its share of every batch
     epochs: int | None = None
     lr: float | None = None  # peak learning rate
     head_rate: float | None = None  # what is not part of the pretrained encoder learns this many times faster
@@ -189,8 +191,9 @@ def check_read(config: TrainConfig, negatives: str) -> None:
                              "or choose negatives that read it")
 
 # %% ../../nbs/trainer/02_config.ipynb #6b971aa6
-LOWEST = dict(epochs=1, batch_size=2, accumulate=1, lr=0, head_rate=0, label_smoothing=0, weight_decay=0,
-              evaluate_every=0, warmup_epochs=0, refresh_every=0, refresh_left=0, negatives_per_query=1)
+LOWEST = dict(processes=1, epochs=1, batch_size=2, accumulate=1, lr=0, head_rate=0, label_smoothing=0,
+              weight_decay=0, evaluate_every=0, warmup_epochs=0, refresh_every=0, refresh_left=0,
+              negatives_per_query=1)
 HIGHEST = dict(epochs=1_000_000, batch_size=1_000_000, accumulate=1_000_000)
 
 # %% ../../nbs/trainer/02_config.ipynb #ef3460a7
@@ -220,6 +223,21 @@ def check_warm_up(config: TrainConfig) -> None:
     raise ValueError(f"warm_up={config.warm_up} and warmup_epochs={config.warmup_epochs} contradict "
                      "each other: name one of them, or 0 epochs for none")
 
+# %% ../../nbs/trainer/02_config.ipynb #e32eae5b
+def check_processes(config: TrainConfig) -> None:
+    "Raise `ValueError` for a run that several processes cannot train together."
+    if config.processes == 1: return
+    said = f"processes={config.processes}"
+    if not form_of(config).in_shares or config.form == "native":
+        able = ", ".join(name for name, method in METHODS.items() if method.in_shares)
+        raise ValueError(f"{said}: the {config.form} form of method {config.method} is trained by one "
+                         f"process; several can train the shared form of {able}")
+    if config.mined_columns:
+        raise ValueError(f"{said}: mined_columns=True compares all pictures of a batch, of which each "
+                         "process has a share: use one process")
+    if config.batch_size < config.processes:
+        raise ValueError(f"{said} is more than the rows of a batch: choose at most {config.batch_size}")
+
 # %% ../../nbs/trainer/02_config.ipynb #ff329976
 def train_config(values: dict) -> TrainConfig:
     """The resolved `TrainConfig` of a dict of parameters. `ValueError`, in one line, for unknown names,
@@ -236,6 +254,7 @@ def train_config(values: dict) -> TrainConfig:
         check_mining(config, config.epochs)
         check_warm_up(config)
     method.check(config)
+    check_processes(config)
     return config
 
 # %% ../../nbs/trainer/02_config.ipynb #4f85c64f

@@ -21,9 +21,10 @@ from ..terminal import Progress, epoch_line, how_to_go_on, say
 from .batches import TrainingSet, epoch_batches, negative_tokens, training_set
 from .config import TrainConfig, form_of, train_config
 from .mining import NegativePool
+from .processes import ALONE, Processes
 from .runs import AGAIN, Run, build_method, check_identity, data_fingerprint, identity
 from .runs import keep_checkpoint, load_best, load_checkpoint, load_state, open_run
-from .runs import save_weights
+from .runs import read_weights, save_weights
 from .step import Stepper, quick_products, stage_factor, training_step
 
 # %% ../../nbs/trainer/06_loop.ipynb #b368ac49
@@ -55,8 +56,9 @@ def train_epoch(method: Method, data: TrainingSet, stepper: Stepper, config: Tra
 
         def gathered(rows):
             next(at_hand, None)
-            negative = negative_tokens(data, rows, epoch, config)
-            return data.batch(rows, method, words, step / total, negative), len(rows) / queries
+            held = stepper.processes.held(len(rows))
+            negative = negative_tokens(data, rows, epoch, config, held)
+            return data.batch(rows, method, words, step / total, negative, held), len(rows) / queries
 
         try:
             terms = training_step(method, map(gathered, rows_of_batches), stepper)
@@ -78,26 +80,30 @@ def tower_aside(method: Method):
     finally: tower.to(home)
 
 # %% ../../nbs/trainer/06_loop.ipynb #49a5bb54
-def restart(method: Method, data: TrainingSet, run: Run) -> tuple[Stepper, int]:
+def restart(method: Method, data: TrainingSet, run: Run, processes: Processes = ALONE) -> tuple[Stepper, int]:
     """The optimizer of a run and the number of epochs that are finished, with everything restored from its
     checkpoint."""
     config, resume, finished = run.config, run.folder / "resume.safetensors", 0
-    stepper = Stepper(method, config.lr, config.weight_decay, config.head_rate, config.precision)
+    how = config.weight_decay, config.head_rate, config.precision
+    stepper = Stepper(method, config.lr, *how, processes)
     if resume.exists():
         extra = data.negatives, stepper.scaler, config.epochs
         finished = load_checkpoint(resume, method, stepper.optimizer, *extra)
     run.check_events(finished)
-    run.forget_after(finished)
+    if processes.main: run.forget_after(finished)
     return stepper, finished
 
 # %% ../../nbs/trainer/06_loop.ipynb #64f686af
 def one_epoch(method: Method, data: TrainingSet, run: Run, stepper: Stepper, epoch: int, evaluate,
               progress_bar) -> None:
     "Refresh if it is due, train, look if it is due, write down what happened, keep the checkpoint."
-    config, ended = run.config, epoch + 1
+    config, ended, processes = run.config, epoch + 1, stepper.processes
     torch.manual_seed(generator(config.seed, "dropout", epoch).initial_seed())
-    if data.refresh_due(epoch, config): run.log("refresh", epoch=ended, **data.negatives.renew(method, epoch))
+    shares = dict(share=(processes.rank, processes.count), gather=processes.listed)
+    found = data.negatives.renew(method, epoch, **shares) if data.refresh_due(epoch, config) else None
+    if found and processes.main: run.log("refresh", epoch=ended, **found)
     terms = train_epoch(method.train(), data, stepper, config, epoch, progress_bar)
+    if not processes.main: return
     regular = config.evaluate_every and ended % config.evaluate_every == 0
     due = evaluate and (regular or ended == config.epochs)
     metrics = evaluate(method.eval()) if due else None
@@ -159,35 +165,43 @@ def say_what_is_cut(method: Method, data: TrainingSet) -> None:
                       f"and their ends are not read, such as of {cut[0][:60]!r}")
 
 # %% ../../nbs/trainer/06_loop.ipynb #363abc4b
-def fit_alone(method: Method, data: TrainingSet, run: Run, evaluate, until: int | None) -> list[dict]:
+def fit_alone(method: Method, data: TrainingSet, run: Run, evaluate, until: int | None,
+              processes: Processes = ALONE) -> list[dict]:
     "`fit`, once nobody else writes into the folder of the run."
     config = run.config
-    if method.encoder.tokenizer is not None: say_what_is_cut(method, data)
-    data.labels = method.prepare(data.dataset, data.tokens, run.folder)
+    if processes.main and method.encoder.tokenizer is not None: say_what_is_cut(method, data)
+    with processes.first(): data.labels = method.prepare(data.dataset, data.tokens, run.folder)
     if config.select_on != "last" and evaluate is None:
         raise ValueError(f"select_on={config.select_on} needs an evaluate function: "
                          "give one to fit, or use select_on=last")
-    stepper, first = restart(method, data, run)
+    stepper, first = restart(method, data, run, processes)
     steps = len(epoch_steps(data, config, 0))
     last = config.epochs if until is None else min(until, config.epochs)
     devices = [stepper.device] if stepper.device.type == "cuda" else []
     bar = Progress(total=config.epochs * steps, initial=first * steps, desc="training", unit="step",
-                   mininterval=1, every=60)
-    say(how_to_go_on(run.folder))
+                   mininterval=1, every=60, disable=not processes.main)
+    if processes.main: say(how_to_go_on(run.folder))
     with bar, torch.random.fork_rng(devices), tower_aside(method), quick_products(stepper.device):
         for epoch in range(first, last): one_epoch(method, data, run, stepper, epoch, evaluate, bar)
-    if last == config.epochs: finish(run, method, data.negatives)
+    if last == config.epochs and processes.main: finish(run, method, data.negatives)
+    processes.wait()
+    if run.finished and not processes.main:
+        load_state(method, read_weights(run.folder / "model.safetensors"), run.folder)
     return run.events
 
 # %% ../../nbs/trainer/06_loop.ipynb #df1ee5c9
-def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int | None = None) -> list[dict]:
+def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int | None = None,
+        processes: Processes = ALONE) -> list[dict]:
     """Train to the end, or to epoch `until`, from the last finished epoch if there is one.
     `evaluate(method) -> dict` runs now and then. A finished run is loaded. Returns the events of the run.
-    `DataError` where another process trains in the folder, `ValueError` where data or encoder are others."""
-    run.settle(encoder=method.stands_on, **data_fingerprint(data.dataset))
+    `DataError` where another process trains in the folder, `ValueError` where data or encoder are others.
+    Of several `processes` each calls this; the main one writes, and all end with the same weights."""
+    if processes.main: run.settle(encoder=method.stands_on, **data_fingerprint(data.dataset))
+    processes.wait()
     if run.finished: return read_finished(method, data, run)
-    with owned(run.folder, "wait for it, or choose another run_dir"):
-        return fit_alone(method, data, run, evaluate, until)
+    alone = owned(run.folder, "wait for it, or choose another run_dir")
+    with alone if processes.main else contextlib.nullcontext():
+        return fit_alone(method, data, run, evaluate, until, processes)
 
 # %% ../../nbs/trainer/06_loop.ipynb #45498464
 SMOKE = {"size": "smoke", "epochs": 2, "batch_size": 16}

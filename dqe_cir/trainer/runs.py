@@ -31,7 +31,7 @@ from .step import Stepper, checkpoint_layers
 
 # %% ../../nbs/trainer/05_runs.ipynb #a2dac815
 # where a run lies and computes is not what it is; what its recipe is called is not what that sets
-ELSEWHERE = ("run_dir", "data_root", "device", "tokens_on", "recipe")
+ELSEWHERE = ("run_dir", "data_root", "device", "tokens_on", "processes", "recipe")
 
 def differences(one: dict, other: dict) -> str:
     "The names of the parameters in which a run differs from another, less those of `ELSEWHERE`."

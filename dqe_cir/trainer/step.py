@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..encoder.blip2 import Blip2Encoder, DTYPES
 from ..methods.base import Method, parameter_groups
+from .processes import ALONE, Processes, shared_passes
 
 # %% ../../nbs/trainer/04_step.ipynb #e2c3cbb5
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -70,11 +71,11 @@ def product_error(size: int = 256) -> float:
 
 # %% ../../nbs/trainer/04_step.ipynb #a9be940c
 class Stepper:
-    "AdamW over a method's parameter groups, the precision and its loss scale."
+    "AdamW over a method's parameter groups, the precision and its loss scale, and who shares the batches."
 
     def __init__(self, method: Method, lr: float, weight_decay: float = 0.05, head_rate: float = 1.0,
-                 precision: str = "auto"):
-        self.device = next(method.parameters()).device
+                 precision: str = "auto", processes: Processes = ALONE):
+        self.device, self.processes = next(method.parameters()).device, processes
         self.optimizer = torch.optim.AdamW(parameter_groups(method, lr, weight_decay, head=head_rate))
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.dtype = autocast_dtype(precision, self.device)
@@ -88,7 +89,8 @@ class Stepper:
 def mean_terms(method: Method, batch, stepper: Stepper) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     "The weighted sum of a method's loss terms over a batch, with gradient, and the mean of each term."
     with torch.autocast(stepper.device.type, stepper.dtype, enabled=stepper.dtype is not torch.float32):
-        values = method.losses(batch.to(stepper.device))
+        with shared_passes(method, stepper.processes, len(batch.texts)):
+            values = method.losses(batch.to(stepper.device))
         terms = {name: value.float().mean() for name, value in values.items()}
         return sum(method.weights.get(name, 1.0) * value for name, value in terms.items()), terms
 
@@ -119,6 +121,7 @@ def training_step(method: Method, batches, stepper: Stepper) -> dict[str, float]
                                      f"or look at the texts {batch.texts[:2]}")
         scaler.scale(total * share).backward()
         for name, value in zip(("total", *terms), values): sums[name] = sums.get(name, 0.0) + share * value
+    stepper.processes.mean_gradients(method)
     scaler.unscale_(optimizer)
     norms = [nn.utils.clip_grad_norm_(together, 1.0) for together in clipped_together(optimizer)]
     if not scaler.is_enabled() and not torch.stack(norms).isfinite().all():
