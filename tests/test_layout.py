@@ -31,7 +31,7 @@ ALLOWED = {
     "evaluator": {"files", "core", "retrieval", "metrics", "data", "methods", "show"},
     "trainer": {"files", "core", "retrieval", "attributes", "vocabulary", "sampler", "data", "encoder", "methods", "evaluator"},
     "studies": {"files", "core", "sampler", "data", "encoder", "methods", "evaluator", "trainer", "show"},
-    "retriever": {"files", "core", "attributes", "readings", "data", "encoder", "evaluator", "trainer", "show"},
+    "retriever": {"files", "core", "retrieval", "attributes", "readings", "data", "encoder", "methods", "evaluator", "trainer", "show"},
 }
 
 
