@@ -146,10 +146,12 @@ def read_jsonl(path: Path | str, remedy: str = "delete that line or the file") -
 
 # %% ../nbs/ideas/00_files.ipynb #2f44ccb7
 def odd_tensor(tensors: dict[str, Tensor]) -> str | None:
-    "The name of a tensor with values that are not finite; None where all are. A large one is read in pieces."
+    "The name of a tensor with values that are not finite, which their sum then is not; None where all are."
     for name, value in tensors.items():
         if not (value.is_floating_point() or value.is_complex()): continue
-        if not all(piece.isfinite().all() for piece in value.flatten().split(2**22)): return name
+        kind = torch.promote_types(value.dtype, torch.float32)
+        for piece in value.flatten().split(2**22):
+            if not piece.sum(dtype=kind).isfinite() and not piece.isfinite().all(): return name
     return None
 
 # %% ../nbs/ideas/00_files.ipynb #816a0b58

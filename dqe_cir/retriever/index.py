@@ -177,6 +177,11 @@ def device(self: Retriever) -> torch.device:
     "Where the model computes."
     return self.method.encoder.device
 
+@patch(as_prop=True)
+def drawn(self: Retriever) -> bool:
+    "Are the pictures drawn when they are looked at?"
+    return isinstance(self.files, DrawnOnDemand) or getattr(self.files, "drawn", False)
+
 # %% ../../nbs/retriever/04_index.ipynb #d63cb4a7
 class Places:
     "Where names stand in a list."

@@ -21,7 +21,6 @@ from ..data.base import Triplet
 from ..files import DataError
 from ..methods.base import Method
 from ..retrieval import best_of_row, check_embeddings, nearest
-from .drawn import DrawnOnDemand
 from .index import Retriever, content_key, readable
 
 # %% ../../nbs/retriever/05_search.ipynb #8faa0ed4
@@ -223,7 +222,7 @@ def same_file(self: Retriever, file: Path, key: str) -> set[str]:
 def itself(self: Retriever, reference, content: str | None = None) -> tuple[set[str], str | None]:
     """The ids that are the reference, by place or else by content; and, where none is, its content key if it
     is known. `content` is that of a picture whose file is not at hand."""
-    drawn, file = isinstance(self.files, DrawnOnDemand), self.file_of(reference)
+    drawn, file = self.drawn, self.file_of(reference)
     if isinstance(reference, str) and reference in self.files:
         if drawn or not file: return {reference}, None
         return {reference} | self.same_file(file, self.key_of(reference)), None
@@ -304,6 +303,6 @@ def search(self: Retriever, reference, text: str, k: int = 10, gate="learned",
     query = gated(self.ask(reference, text), gate)
     left_out, content = self.itself(reference, content)
     found = self.best(query, k + (content is not None), among, left_out)
-    if content is not None and isinstance(self.files, DrawnOnDemand):  # whose keys are not those of files
+    if content is not None and self.drawn:  # whose keys are not those of files
         found = [pair for pair in found if content_key(self.files[pair[0]]) != content]
     return [Result(name, self.files[name], score) for name, score in found[:k]]
