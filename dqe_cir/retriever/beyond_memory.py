@@ -28,7 +28,7 @@ def hits_needed(k: int, tokens: int) -> int:
     return (k - 1) * tokens + 1
 
 def first_of_each(hits: Iterable[tuple[str, float]], k: int) -> list[tuple[str, float]]:
-    "The first `k` different pictures among hits (picture, score), best first; of equal scores the lower name."
+    "The first `k` different pictures among hits (picture, score), best first, ties by name."
     best: dict[str, float] = {}
     for name, score in hits: best[name] = max(score, best.get(name, score))
     return sorted(best.items(), key=lambda pair: (-pair[1], pair[0]))[:k]
@@ -59,7 +59,7 @@ def points_of(picture: str, embedding: Tensor, key: str, file: str | None,
 class Engine(Protocol):
     "What a gallery beyond memory is kept in."
     def said(self) -> dict | None: "What `say` was told last; None for an engine that holds nothing yet."
-    def say(self, about: dict) -> None: "Remember a description of the whole: model, tokens, size, source, root."
+    def say(self, about: dict) -> None: "Remember what all is: model, tokens, size, source, root."
     def write(self, points: list[Point]) -> None: "Keep points, in place of those of the same numbers."
     def remove(self, numbers: list[str]) -> None: "Forget points."
     def read(self, numbers: list[str]) -> list[Point]: "Those of the numbers that are there, in any order."
@@ -78,16 +78,17 @@ class StoredPictures:
         self.engine, self.model, self.mean = engine, model, mean
         self.about = engine.said() or {}
         if self.about.get("model", model) != model:
-            raise DataError(f"{engine} holds the pictures of another model ({self.about['model']}, this one is "
-                            f"{model}): name another place, or load the model they were indexed with")
+            raise DataError(f"{engine} holds the pictures of another model ({self.about['model']}, and this "
+                            f"is {model}): name another place, or load that model")
 
     def vectors_of(self, embedding: Tensor) -> Tensor:
-        "What is stored of an embedding (T,D): itself, or its mean (1,D) for a method that scores by the mean."
+        "What is stored of an embedding (T,D): itself, or its mean (1,D) where the mean is the score."
         return embedding.float().mean(0, keepdim=True) if self.mean else embedding.float()
 
     def describe(self, source: str, root: Path | None) -> None:
         "Remember what is indexed."
-        told = dict(model=self.model, source=as_text(source), root=as_text(None if root is None else str(root)))
+        place = None if root is None else str(root)
+        told = dict(model=self.model, source=as_text(source), root=as_text(place))
         if not told.items() <= self.about.items():
             self.about |= told
             self.engine.say(self.about)
@@ -187,14 +188,16 @@ def search_in(self: Retriever, engine: Engine) -> None:
 
 # %% ../../nbs/retriever/10_beyond_memory.ipynb #73f5eefc
 @patch
-def index_in_store(self: Retriever, pictures: Pictures, store=None, progress: Callable | None = None) -> IndexReport:
+def index_in_store(self: Retriever, pictures: Pictures, store=None,
+                   progress: Callable | None = None) -> IndexReport:
     "`index` with an engine: `store` is not needed then, and refused."
-    if store is not None: raise ValueError(f"the pictures go into {self.store.engine}: leave out store={store}")
+    engine = self.store.engine
+    if store is not None: raise ValueError(f"the pictures go into {engine}: leave out store={store}")
     there = self.store.listing()
     before = there if self.source == pictures.name else {}
     if before and not pictures.keys:
-        raise DataError(f"{pictures.name} holds no readable picture, and {self.store.engine} knows {len(before):,} "
-                        "of it: is the disk there? They stay; for an empty index name another place")
+        raise DataError(f"{pictures.name} holds no readable picture, and {engine} knows {len(before):,} of "
+                        "it: is the disk there? They stay; for an empty index name another place")
     self.source, self.root = pictures.name, None if drawn_pictures(pictures) else Path(pictures.root)
     self.store.describe(self.source, self.root)
     broken = self.write_missing(pictures, there, progress)
@@ -214,7 +217,7 @@ def drawn_pictures(pictures: Pictures) -> bool:
 @patch
 def write_missing(self: Retriever, pictures: Pictures, there: dict[str, str],
                   progress: Callable | None) -> dict[str, str]:
-    "Write what an engine that lists `there`, id to key, lacks or has otherwise. Returns unreadable, key to reason."
+    "Write what an engine that lists `there`, id to key, lacks. Returns what cannot be read, key to reason."
     of, lacking, known = {key: name for name, key in there.items()}, {}, {}
     categories = {}
     for category, names in (pictures.galleries if len(pictures.galleries) > 1 else {}).items():
@@ -255,9 +258,9 @@ class QdrantFolder:
         "The points that are there; `DataError` in one line for a folder in use or damaged."
         try: return self.library.EdgeShard.load(str(self.points))
         except Exception as problem:
-            used = "WouldBlock" in str(problem)
-            why = "is in use by another process: wait for it, or let one process serve all" if used else \
-                f"cannot be opened ({' '.join(str(problem).split())[:150]}): index the pictures into a new folder"
+            said = " ".join(str(problem).split())[:150]
+            why = f"cannot be opened ({said}): index the pictures into a new folder"
+            if "WouldBlock" in said: why = "is in use by another process: wait for it, or close it there"
             raise DataError(f"{self.folder} {why}") from None
 
     def said(self) -> dict | None:
@@ -339,12 +342,14 @@ def nearest(self: QdrantFolder, query: list[float], count: int, among: str | lis
 class QdrantServer:
     "An engine at an address; a `collection` holds the pictures of one model. `layout` is for its making."
 
-    def __init__(self, address: str, collection: str = "dqe_cir", half: bool = False, api_key: str | None = None,
-                 **layout):
+    def __init__(self, address: str, collection: str = "dqe_cir", half: bool = False,
+                 api_key: str | None = None, **layout):
         library = engine_library("qdrant_client")
         self.models, self.address, self.collection = library.models, address, collection
         self.half, self.layout = half, layout
-        self.client = library.QdrantClient(url=address, api_key=api_key, timeout=60)
+        try: self.client = library.QdrantClient(url=address, api_key=api_key, timeout=60)
+        except Exception as problem:
+            raise DataError(f"{address!r} is no address ({problem}): write http://HOST:6333") from None
         self.there = self.asked("collection_exists")
 
     def __str__(self) -> str: return f"{self.collection} at {self.address}"
@@ -354,7 +359,7 @@ class QdrantServer:
         try: return getattr(self.client, what)(collection_name=self.collection, **values)
         except Exception as problem:  # of the client, or of the network below it
             why = " ".join(str(problem).split())[:150]
-            raise DataError(f"{self} does not answer {what} ({why}): is the address right, does it run?") from None
+            raise DataError(f"{self} does not answer {what} ({why}): is the address right?") from None
 
     def said(self) -> dict | None:
         return dict(self.asked("get_collection").config.metadata or {}) if self.there else None
@@ -374,7 +379,8 @@ class QdrantServer:
 # %% ../../nbs/retriever/10_beyond_memory.ipynb #09ccdef4
 @patch
 def write(self: QdrantServer, points: list[Point]) -> None:
-    made = [self.models.PointStruct(id=point.number, vector=point.vector, payload=point.about) for point in points]
+    point = self.models.PointStruct
+    made = [point(id=one.number, vector=one.vector, payload=one.about) for one in points]
     for start in range(0, len(made), 1000):
         self.asked("upsert", points=made[start:start + 1000], wait=True)
 
@@ -391,7 +397,8 @@ def read(self: QdrantServer, numbers: list[str]) -> list[Point]:
 @patch
 def is_(self: QdrantServer, field: str, value):
     "The condition that a field has a value, or one of a list."
-    match = self.models.MatchAny(any=value) if isinstance(value, list) else self.models.MatchValue(value=value)
+    one_of, just = self.models.MatchAny, self.models.MatchValue
+    match = one_of(any=value) if isinstance(value, list) else just(value=value)
     return self.models.FieldCondition(key=field, match=match)
 
 # %% ../../nbs/retriever/10_beyond_memory.ipynb #7ae54d3a
@@ -423,8 +430,8 @@ def nearest(self: QdrantServer, query: list[float], count: int, among: str | lis
 # %% ../../nbs/retriever/10_beyond_memory.ipynb #ffcf8581
 def projected(images: float, tokens: int, size: int, seconds_per_byte: float, *, bytes_a_number: int = 4,
               about_a_token: int = 200, memory: float = 256e9, cores: int = 32, price: float = 0.0) -> dict:
-    """What exact search needs: bytes of vectors and of what is known of them, machines of so much `memory` that
-    hold the vectors, seconds a query on all their `cores`, and `price` (of one machine) times machines."""
+    """What exact search needs: bytes of vectors and of what is known of them, machines whose `memory` holds
+    the vectors, seconds a query on all their `cores`, and the `price` of one machine times machines."""
     vectors = images * tokens * size * bytes_a_number
     machines = max(1, -(-vectors // memory))
     return dict(vectors=vectors, about=images * tokens * about_a_token, machines=int(machines),

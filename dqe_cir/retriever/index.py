@@ -226,7 +226,7 @@ def places(self: Retriever, what: str) -> Places:
 
 # %% ../../nbs/retriever/04_index.ipynb #8bdd7018
 def grouped(galleries: Mapping[str, list[str]], names: list[str]) -> tuple[list[tuple[str, ...]], Tensor]:
-    "The groups of categories that occur, and the number (N,) of each name's group; none for one gallery alone."
+    "The groups of categories that occur, and the number (N,) of each name's group; none for one gallery."
     if len(galleries) < 2: return [], torch.empty(0, dtype=torch.int64)
     of = dict.fromkeys(names, ())
     for category, members in galleries.items():
@@ -524,7 +524,7 @@ def rearranged(vectors: Tensor, rows: list[int], new: list[Tensor]) -> Tensor:
 # %% ../../nbs/retriever/04_index.ipynb #f2ad0c03
 @patch
 def adopt(self: Retriever, pictures: Pictures, known: dict[str, Tensor]) -> None:
-    "Search those pictures from now on whose content is in `known`, key to embedding (T,D), or searched already."
+    "Search those pictures from now on whose content is in `known`, key to embedding (T,D), or in the index."
     rows = self.places("key").rows(list(pictures.keys.values())).tolist()
     there = [row >= 0 or key in known for row, key in zip(rows, pictures.keys.values())]
     keys = {name: key for (name, key), found in zip(pictures.keys.items(), there) if found}
@@ -601,7 +601,8 @@ class FilesBelow(Mapping):
 def places_of(files: Mapping[str, Path], root: Path | None) -> tuple:
     "The folder that files are below, and their places in it, as JSON holds them; None for drawn pictures."
     if isinstance(files, DrawnOnDemand) or not files: return None, None
-    if isinstance(files, FilesBelow): return as_text(str(files.root)), list(map(as_text, files.names.values()))
+    if isinstance(files, FilesBelow):
+        return as_text(str(files.root)), list(map(as_text, files.names.values()))
     places, root = [os.path.abspath(path) for path in files.values()], os.path.abspath(root)
     if any(os.path.commonpath([root, place]) != root for place in places):  # some lie beside it
         root = os.path.commonpath([os.path.dirname(place) for place in places])
@@ -628,7 +629,8 @@ def sound_groups(about: dict) -> bool:
     "Are the groups of categories lists of names, and is there a group for every picture?"
     groups, codes = about.get("groups", []), about.get("codes", [])
     if not groups and not codes: return True
-    if not isinstance(groups, list) or not all(map(names_in, groups)) or not isinstance(codes, list): return False
+    if not isinstance(groups, list) or not isinstance(codes, list): return False
+    if not all(map(names_in, groups)): return False
     whole = all(type(code) is int and 0 <= code < len(groups) for code in codes)
     return whole and len(codes) == len(about["ids"])
 
@@ -650,8 +652,8 @@ def unsound(about: dict, vectors: Tensor | None, said: dict) -> str:
 
 # %% ../../nbs/retriever/04_index.ipynb #ce59cd47
 def stored_index(folder: Path | str) -> tuple[dict, Tensor] | None:
-    """Description and embeddings (N,T,D) as `write_index` wrote them, these mapped; None where there are none,
-    `DataError` where they are damaged."""
+    """Description and embeddings (N,T,D) as `write_index` wrote them, the latter left in their file; None
+    where there are none, `DataError` where they are damaged."""
     description, vectors = Path(folder, "index.json"), Path(folder, "index.safetensors")
     if not description.exists() and not vectors.exists(): return None
     try:

@@ -258,9 +258,10 @@ def gallery(self: Retriever) -> Tensor:
 
 @patch
 @torch.no_grad()
-def best_places(self: Retriever, query: Tensor, k: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scores and places (Q,k) in the index of the best pictures for queries (Q,D), ties by lower place, on the
-    CPU; fewer than `k` where `allowed` (N,) bool marks fewer."""
+def best_places(self: Retriever, query: Tensor, k: int,
+                allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scores and places (Q,k) in the index of the best pictures for queries (Q,D), ties by lower place, on
+    the CPU; fewer than `k` where `allowed` (N,) bool marks fewer."""
     check_embeddings("query", query, "(Q,D)")
     if allowed is not None: allowed = allowed.to(query.device)
     if type(self.method).score is Method.score:
@@ -294,8 +295,8 @@ def best(self: Retriever, query: Tensor, k: int, among: str | list[str] | None =
 @torch.no_grad()
 def search(self: Retriever, reference, text: str, k: int = 10, gate="learned",
            among: str | list[str] | None = None, content: str | None = None) -> list[Result]:
-    """The `k` best pictures, best first, without the reference itself. `among` limits the search to a category
-    or to some ids; `content` is the content key of a reference whose file is not at hand."""
+    """The `k` best pictures, best first, without the reference itself. `among` limits the search to a
+    category or to some ids; `content` is the content key of a reference whose file is not at hand."""
     if not len(self): raise ValueError("there is nothing to search: index a folder or a data set first")
     if k < 1: raise ValueError(f"k={k} must be at least 1")
     if not self.parts and gate != "learned":
