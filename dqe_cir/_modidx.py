@@ -1420,6 +1420,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                      'dqe_cir/retriever/beyond_memory.py'),
                                                  'dqe_cir.retriever.beyond_memory.StoredPictures.__init__': ( 'retriever/beyond_memory.html#storedpictures.__init__',
                                                                                                               'dqe_cir/retriever/beyond_memory.py'),
+                                                 'dqe_cir.retriever.beyond_memory.StoredPictures.__len__': ( 'retriever/beyond_memory.html#storedpictures.__len__',
+                                                                                                             'dqe_cir/retriever/beyond_memory.py'),
                                                  'dqe_cir.retriever.beyond_memory.StoredPictures.alike': ( 'retriever/beyond_memory.html#storedpictures.alike',
                                                                                                            'dqe_cir/retriever/beyond_memory.py'),
                                                  'dqe_cir.retriever.beyond_memory.StoredPictures.best': ( 'retriever/beyond_memory.html#storedpictures.best',
