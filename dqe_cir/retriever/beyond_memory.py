@@ -27,6 +27,7 @@ def hits_needed(k: int, tokens: int) -> int:
     "How many of the best tokens are sure to show the `k` best pictures of that many tokens each."
     return (k - 1) * tokens + 1
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #1043bab9
 def first_of_each(hits: Iterable[tuple[str, float]], k: int) -> list[tuple[str, float]]:
     "The first `k` different pictures among hits (picture, score), best first, ties by name."
     best: dict[str, float] = {}
@@ -41,11 +42,13 @@ class Point:
     vector: list[float]  # D numbers
     about: dict  # picture, token, categories; of a first token also key and file
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #0e84df4b
 def number_of(picture: str, token: int = 0) -> str:
     "The number of a picture's token, a UUID: a hash of the id and the place of the token, below 65,536."
     named = hashlib.blake2b(picture.encode("utf-8", "surrogateescape"), digest_size=14).digest()
     return str(uuid.UUID(bytes=named + token.to_bytes(2, "big")))
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #56dc4e60
 def points_of(picture: str, embedding: Tensor, key: str, file: str | None,
               categories: Iterable[str] = ()) -> list[Point]:
     "The points of a picture with an embedding (T,D)."
@@ -111,12 +114,14 @@ def write(self: StoredPictures, rows: list[tuple]) -> None:
         self.engine.say(self.about)
     self.engine.write([point for row in rows for point in points_of(*row)])
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #bd828e54
 @patch
 def remove(self: StoredPictures, names: Iterable[str]) -> None:
     "Forget pictures."
     numbers = [number_of(name, token) for name in names for token in range(self.about.get("tokens", 0))]
     if numbers: self.engine.remove(numbers)
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #f5f18f34
 @patch
 def best(self: StoredPictures, query: Tensor, k: int, among: str | list[str] | None = None,
          left_out: Iterable[str] = ()) -> list[tuple[str, float]]:
@@ -134,16 +139,19 @@ def alike(self: StoredPictures, key: str) -> list[str]:
     "The ids of the pictures of one content, given by its key."
     return sorted(from_text(about["picture"]) for about in self.engine.having("key", key))
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #43927ed5
 @patch
 def lying_at(self: StoredPictures, path: str) -> list[str]:
     "The ids of the pictures whose file has that absolute path."
     return sorted(from_text(about["picture"]) for about in self.engine.having("file", as_text(path)))
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #34403813
 @patch
 def listing(self: StoredPictures) -> dict[str, str]:
     "Every picture with the key of its content: some hundred bytes a picture, for indexing only."
     return {from_text(about["picture"]): about["key"] for about in self.engine.having("token", 0)}
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #3b843994
 @patch
 def embedding_of(self: StoredPictures, name: str) -> Tensor:
     "What is stored (T,D) of a picture."
@@ -151,6 +159,7 @@ def embedding_of(self: StoredPictures, name: str) -> Tensor:
     if not points: raise KeyError(name)
     return torch.tensor([point.vector for point in sorted(points, key=lambda point: point.about["token"])])
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #fd20ff36
 @patch
 def key_of(self: StoredPictures, name: str) -> str: return self.engine.read([number_of(name)])[0].about["key"]
 
@@ -209,6 +218,7 @@ def index_in_store(self: Retriever, pictures: Pictures, store=None,
     report.unreadable = self.unreadable
     return report
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #ea04200c
 def drawn_pictures(pictures: Pictures) -> bool:
     "Are they drawn when they are looked at?"
     return isinstance(pictures.files, DrawnOnDemand)
@@ -244,8 +254,10 @@ def engine_library(name: str):
     try: return importlib.import_module(name)
     except ImportError: raise ValueError(f"{name} is not installed: pip install dqe-cir[qdrant]") from None
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #f2d27f96
 LOOKED_UP = ("picture", "token", "categories", "key", "file")  # fields with a table of their own in an engine
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #9b49beef
 class QdrantFolder:
     "An engine in a folder of this machine, for one process at a time."
 
@@ -287,24 +299,28 @@ def made(self: QdrantFolder, size: int):
         shard.update(edge.UpdateOperation.create_field_index(field, kind))
     return shard
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #9ec8c3fc
 @patch
 def close(self: QdrantFolder) -> None:
     "Let go of the folder."
     if self.shard is not None: self.shard.close()
     self.shard = None
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #47042184
 @patch
 def write(self: QdrantFolder, points: list[Point]) -> None:
     made = [self.library.Point(point.number, point.vector, point.about) for point in points]
     self.shard.update(self.library.UpdateOperation.upsert_points(made))
     self.shard.flush()
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #6ee2693c
 @patch
 def remove(self: QdrantFolder, numbers: list[str]) -> None:
     if self.shard is None: return
     self.shard.update(self.library.UpdateOperation.delete_points(numbers))
     self.shard.flush()
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #a33fa2ef
 @patch
 def read(self: QdrantFolder, numbers: list[str]) -> list[Point]:
     found = self.shard.retrieve(numbers, True, True) if self.shard is not None and numbers else []
@@ -317,6 +333,7 @@ def is_(self: QdrantFolder, field: str, value):
     match = self.library.MatchAny(value) if isinstance(value, list) else self.library.MatchValue(value)
     return self.library.FieldCondition(field, match=match)
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #9758b439
 @patch
 def having(self: QdrantFolder, field: str, value) -> Iterator[dict]:
     wanted, offset = self.library.Filter(must=[self.is_(field, value)]), None
@@ -326,11 +343,13 @@ def having(self: QdrantFolder, field: str, value) -> Iterator[dict]:
         yield from (point.payload for point in found)
         if offset is None: return
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #3736481e
 @patch
 def count(self: QdrantFolder) -> int:
     if self.shard is None: return 0
     return self.shard.count(self.library.CountRequest(exact=True))
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #a500110f
 @patch
 def nearest(self: QdrantFolder, query: list[float], count: int, among: str | list[str] | None,
             without: list[str]) -> list[tuple[dict, float]]:
@@ -389,16 +408,19 @@ def write(self: QdrantServer, points: list[Point]) -> None:
     for start in range(0, len(made), 1000):
         self.asked("upsert", points=made[start:start + 1000], wait=True)
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #84b33b5a
 @patch
 def remove(self: QdrantServer, numbers: list[str]) -> None:
     if self.there: self.asked("delete", points_selector=self.models.PointIdsList(points=numbers), wait=True)
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #ad00c5b6
 @patch
 def read(self: QdrantServer, numbers: list[str]) -> list[Point]:
     if not self.there or not numbers: return []
     found = self.asked("retrieve", ids=numbers, with_payload=True, with_vectors=True)
     return [Point(str(point.id), point.vector, point.payload) for point in found]
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #93bccafa
 @patch
 def is_(self: QdrantServer, field: str, value):
     "The condition that a field has a value, or one of a list."
@@ -416,10 +438,12 @@ def having(self: QdrantServer, field: str, value) -> Iterator[dict]:
         yield from (point.payload for point in found)
         if offset is None: return
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #b3315fcf
 @patch
 def count(self: QdrantServer) -> int:
     return self.asked("count", exact=True).count if self.there else 0
 
+# %% ../../nbs/retriever/10_beyond_memory.ipynb #1786bf73
 @patch
 def nearest(self: QdrantServer, query: list[float], count: int, among: str | list[str] | None,
             without: list[str]) -> list[tuple[dict, float]]:

@@ -193,6 +193,7 @@ def alike(self: Retriever, key: str | None) -> list[str]:
     names = self.places("id").names
     return [names[place] for place in self.places("key").of(key)]
 
+# %% ../../nbs/retriever/05_search.ipynb #9fa5c854
 @patch
 def lying_at(self: Retriever, paths: set[str]) -> set[str]:
     "The ids whose file has one of several absolute paths."
@@ -200,17 +201,20 @@ def lying_at(self: Retriever, paths: set[str]) -> set[str]:
     names = self.places("id").names
     return {names[place] for path in paths for place in self.places("file").of(path)}
 
+# %% ../../nbs/retriever/05_search.ipynb #c96c97a0
 @patch
 def key_of(self: Retriever, name: str) -> str:
     "The content key of an indexed picture."
     return self.store.key_of(name) if self.store is not None else self.keys[self.places("id").of(name)[0]]
 
+# %% ../../nbs/retriever/05_search.ipynb #4818a58a
 @patch
 def embedding_of(self: Retriever, name: str) -> Tensor:
     "The embedding (T,D) of an indexed picture, float32."
     if self.store is not None: return self.store.embedding_of(name)
     return self.embeddings[self.places("id").of(name)[0]].float()
 
+# %% ../../nbs/retriever/05_search.ipynb #257a8d75
 @patch
 def same_file(self: Retriever, file: Path, key: str) -> set[str]:
     "The ids of one content under which the index holds the very file, whatever leads to it."
@@ -256,6 +260,7 @@ def gallery(self: Retriever) -> Tensor:
     if self.device.type == "cpu": return self.embeddings
     return self.kept("gallery", self.embeddings, lambda vectors: vectors.to(self.device))
 
+# %% ../../nbs/retriever/05_search.ipynb #0492d70b
 @patch
 @torch.no_grad()
 def best_places(self: Retriever, query: Tensor, k: int,
