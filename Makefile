@@ -20,7 +20,7 @@ export NPM_CONFIG_CACHE := $(CURDIR)/.cache/npm
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train evaluate pretrain evidence leaderboard test test-faults test-browser browser lab app docs wheel clean constraints FORCE
+.PHONY: help train evaluate pretrain evidence leaderboard test test-faults test-stores test-browser browser lab app docs wheel clean constraints FORCE
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -49,6 +49,10 @@ test: $(INSTALLED) ## run every notebook and every test
 
 test-faults: $(INSTALLED) ## kill, fill the disk, feed what is malformed; 20 minutes: make test-faults ARGS="--every 5"
 	PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)
+
+test-stores: $(INSTALLED) ## galleries beyond memory, with the embedded engine (installed where it is missing)
+	@$(BIN)/python -c 'import qdrant_edge' 2>/dev/null || $(BIN)/python -m pip install --quiet 'qdrant-edge-py>=0.9,<0.10'
+	$(BIN)/python -m pytest -q --basetemp .cache/pytest-stores tests/test_stores.py
 
 test-browser: browser ## use the search page in JupyterLab with a real browser; screenshots: .cache/browser
 	$(BIN)/python -m pytest -q -m browser --basetemp .cache/pytest-browser tests/test_browser.py

@@ -146,18 +146,25 @@ def read_jsonl(path: Path | str, remedy: str = "delete that line or the file") -
 
 # %% ../nbs/ideas/00_files.ipynb #2f44ccb7
 def odd_tensor(tensors: dict[str, Tensor]) -> str | None:
-    "The name of a tensor with values that are not finite; None where all are."
-    floating = (name for name, value in tensors.items() if value.is_floating_point() or value.is_complex())
-    return next((name for name in floating if not tensors[name].isfinite().all()), None)
+    "The name of a tensor with values that are not finite, which their sum then is not; None where all are."
+    for name, value in tensors.items():
+        if not (value.is_floating_point() or value.is_complex()): continue
+        kind = torch.promote_types(value.dtype, torch.float32)
+        for piece in value.flatten().split(2**22):
+            if not piece.sum(dtype=kind).isfinite() and not piece.isfinite().all(): return name
+    return None
 
 # %% ../nbs/ideas/00_files.ipynb #816a0b58
-def read_tensors(path: Path | str, remedy: str = "get the file again") -> tuple[dict[str, Tensor], dict]:
+def read_tensors(path: Path | str, remedy: str = "get the file again",
+                 mapped: bool = False) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a safetensors file by name, and its metadata. `DataError` names a file that is missing,
-    cut, of another kind, or holds values that are not finite."""
+    cut, of another kind, or holds values that are not finite. `mapped` ones stay in the file, which may be
+    replaced, and not changed, while they are in use."""
     path = checked_start(path, remedy)
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if not mapped: tensors = {name: value.clone() for name, value in tensors.items()}
             about = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as problem:
         raise DataError(f"{path} is cut, or no safetensors file ({problem}): {remedy}") from None

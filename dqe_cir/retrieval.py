@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_embeddings', 'check_index', 'block_shape', 'best_token', 'score_blocks', 'check_pair', 'similarity',
-           'target_scores', 'ranks', 'ties', 'best_of_row', 'best_of_stream', 'top_k']
+           'target_scores', 'ranks', 'ties', 'best_of_row', 'best_of_stream', 'top_k', 'nearest']
 
 # %% ../nbs/ideas/01_retrieval.ipynb #40b01586
 import torch
@@ -48,6 +48,7 @@ def best_token(query: Tensor, gallery: Tensor, block_bytes: int) -> Tensor:
     "Scores (Q,N) of queries (Q,D) by each image's best token, gallery (N,T,D); type and device of `query`."
     tokens = gallery.shape[1]
     rows, columns = block_shape(len(query), tokens, block_bytes)
+    if gallery.dtype != query.dtype: columns = min(columns, block_bytes // (4 * gallery[0].numel()) or 1)
     scores = query.new_empty(len(query), len(gallery))
     for j in range(0, len(gallery), columns):
         block = gallery[j:j + columns].to(query).flatten(0, 1)
@@ -133,17 +134,20 @@ def best_of_row(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/ideas/01_retrieval.ipynb #bbe79b6a
 def best_of_stream(query: Tensor, gallery: Tensor, k: int, exclude: Tensor | None, reduce: str,
-                   stretch: int) -> tuple[Tensor, Tensor]:
-    "`top_k` of one block of queries, `stretch` images at a time; a row of `exclude` never appears."
+                   stretch: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`top_k` of one block of queries, `stretch` images at a time; a row of `exclude` (Q,) never appears,
+    and of `allowed` (N,) only what is marked."""
     values = torch.empty(len(query), 0, device=query.device)
     indices = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
     for start in range(0, len(gallery), stretch):
         scores = score_blocks(query, gallery[start:start + stretch], reduce)
-        columns = torch.arange(start, start + scores.shape[1], device=query.device).expand_as(scores)
+        columns = torch.arange(start, start + scores.shape[1], device=query.device)
         if exclude is not None: scores = scores.masked_fill(columns == exclude[:, None], -torch.inf)
-        scores, columns = torch.cat([values, scores], 1), torch.cat([indices, columns], 1)
-        values, chosen = best_of_row(scores, min(k, scores.shape[1]))
-        indices = columns.gather(1, chosen)
+        if allowed is not None: scores.masked_fill_(~allowed[start:start + stretch], -torch.inf)
+        best, columns = best_of_row(scores, min(k, scores.shape[1]))
+        values, indices = torch.cat([values, best], 1), torch.cat([indices, columns + start], 1)
+        values, chosen = best_of_row(values, min(k, values.shape[1]))
+        indices = indices.gather(1, chosen)
     return values, indices
 
 # %% ../nbs/ideas/01_retrieval.ipynb #2c6387d3
@@ -165,5 +169,21 @@ def top_k(
     for start in range(0, max(len(query), 1), rows):
         out = None if exclude is None else exclude[start:start + rows]
         parts.append(best_of_stream(query[start:start + rows], gallery, k, out, reduce, stretch))
+    values, indices = zip(*parts)
+    return torch.cat(values), torch.cat(indices)
+
+# %% ../nbs/ideas/01_retrieval.ipynb #9ba6eea3
+@torch.no_grad()
+def nearest(query: Tensor, gallery: Tensor, k: int, allowed: Tensor | None = None,
+            reduce: str = "max") -> tuple[Tensor, Tensor]:
+    """`top_k` of queries (Q,D) and a gallery (N,D) or (N,T,D) known to be good, among the images that
+    `allowed` (N,) bool marks: scores and indices (Q,k), fewer where fewer may be found."""
+    k = min(k, len(gallery) if allowed is None else int(allowed.sum()))
+    if k == 0: return query.new_empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.int64)
+    rows, parts = 512, []
+    for start in range(0, max(len(query), 1), rows):
+        block = query[start:start + rows]
+        stretch = max(k, 2**23 // max(len(block), 1))  # one query: the whole row at once
+        parts.append(best_of_stream(block, gallery, k, None, reduce, stretch, allowed))
     values, indices = zip(*parts)
     return torch.cat(values), torch.cat(indices)

@@ -33,7 +33,7 @@ ALLOWED = {
     "evaluator": {"files", "core", "retrieval", "metrics", "data", "methods", "show"},
     "trainer": {"files", "core", "terminal", "retrieval", "attributes", "vocabulary", "sampler", "data", "encoder", "methods", "evaluator"},
     "studies": {"files", "core", "terminal", "sampler", "data", "encoder", "methods", "evaluator", "trainer", "show"},
-    "retriever": {"files", "core", "terminal", "attributes", "readings", "data", "encoder", "evaluator", "trainer", "show"},
+    "retriever": {"files", "core", "terminal", "retrieval", "attributes", "readings", "data", "encoder", "methods", "evaluator", "trainer", "show"},
 }
 
 

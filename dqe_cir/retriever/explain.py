@@ -119,7 +119,7 @@ def explain(self: Retriever, reference, text: str, result: str, gate="learned") 
     composed, (_, tokens) = self.ask(reference, text), self.tokens_of(reference)
     if result not in self.files:
         raise ValueError(f"{result!r} is not one of the {len(self):,} indexed pictures")
-    image = self.embeddings[self.ids.index(result)].to(composed.query.device)
+    image = self.embedding_of(result).to(composed.query.device)
     words = self.method.query_text(Triplet("", None, (text,)))
     maps = attribute_maps(self.method, tokens, [words])[0] if self.has_sub_queries else None
     return Explanation(

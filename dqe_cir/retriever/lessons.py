@@ -93,9 +93,12 @@ def lessons_of_run(folder: Path | str, method, config) -> Lessons | None:
 # %% ../../nbs/retriever/02_lessons.ipynb #8cad6594
 def seal(value) -> str:
     "A hash of a tensor with its kind and shape, or of a plain value as JSON would write it."
-    if not isinstance(value, Tensor): content = json.dumps(value, sort_keys=True).encode()
-    else: content = repr((value.dtype, tuple(value.shape))).encode() + value.contiguous().numpy().tobytes()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    if not isinstance(value, Tensor): digest.update(json.dumps(value, sort_keys=True).encode())
+    else:
+        digest.update(repr((value.dtype, tuple(value.shape))).encode())
+        digest.update(value.contiguous().numpy())  # read where it lies, be it in a file
+    return digest.hexdigest()
 
 # %% ../../nbs/retriever/02_lessons.ipynb #393c3717
 def numbered(taught: list[tuple]) -> tuple[list[str], list[list[int]]]:

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..attributes import ComposedQuery, unit
 from ..data.base import Triplet
 from ..files import DataError
-from .drawn import DrawnOnDemand
+from ..methods.base import Method
+from ..retrieval import best_of_row, check_embeddings, nearest
 from .index import Retriever, content_key, readable
 
 # %% ../../nbs/retriever/05_search.ipynb #8faa0ed4
@@ -117,7 +118,7 @@ def opened(self: Retriever, reference) -> tuple[object, Image.Image]:
         return reference, readable(self.files[reference], reference)
     file = self.file_of(reference)
     if file is not None: return content_key(file), readable(file)
-    example = f", such as {self.ids[0]!r}" if len(self) else ""
+    example = f", such as {next(iter(self.files))!r}" if len(self) else ""
     known = f"one of the {len(self):,} indexed pictures{example}"
     raise ValueError(f"reference {str(reference)[:200]!r} is neither a file nor {known}")
 
@@ -185,10 +186,39 @@ def ask(self: Retriever, reference, text: str) -> ComposedQuery | ReadQuery:
 
 # %% ../../nbs/retriever/05_search.ipynb #8ffa5c25
 @patch
+def alike(self: Retriever, key: str | None) -> list[str]:
+    "The ids of the pictures of one content, given by its key."
+    if key is None: return []
+    if self.store is not None: return self.store.alike(key)
+    names = self.places("id").names
+    return [names[place] for place in self.places("key").of(key)]
+
+# %% ../../nbs/retriever/05_search.ipynb #9fa5c854
+@patch
+def lying_at(self: Retriever, paths: set[str]) -> set[str]:
+    "The ids whose file has one of several absolute paths."
+    if self.store is not None: return {name for path in paths for name in self.store.lying_at(path)}
+    names = self.places("id").names
+    return {names[place] for path in paths for place in self.places("file").of(path)}
+
+# %% ../../nbs/retriever/05_search.ipynb #c96c97a0
+@patch
+def key_of(self: Retriever, name: str) -> str:
+    "The content key of an indexed picture."
+    return self.store.key_of(name) if self.store is not None else self.keys[self.places("id").of(name)[0]]
+
+# %% ../../nbs/retriever/05_search.ipynb #4818a58a
+@patch
+def embedding_of(self: Retriever, name: str) -> Tensor:
+    "The embedding (T,D) of an indexed picture, float32."
+    if self.store is not None: return self.store.embedding_of(name)
+    return self.embeddings[self.places("id").of(name)[0]].float()
+
+# %% ../../nbs/retriever/05_search.ipynb #257a8d75
+@patch
 def same_file(self: Retriever, file: Path, key: str) -> set[str]:
     "The ids of one content under which the index holds the very file, whatever leads to it."
-    alike = [name for name, known in zip(self.ids, self.keys) if known == key]
-    there = [name for name in alike if os.path.exists(self.files[name])]
+    there = [name for name in self.alike(key) if os.path.exists(self.files[name])]
     return {name for name in there if os.path.samefile(self.files[name], file)}
 
 # %% ../../nbs/retriever/05_search.ipynb #871d6491
@@ -196,20 +226,56 @@ def same_file(self: Retriever, file: Path, key: str) -> set[str]:
 def itself(self: Retriever, reference, content: str | None = None) -> tuple[set[str], str | None]:
     """The ids that are the reference, by place or else by content; and, where none is, its content key if it
     is known. `content` is that of a picture whose file is not at hand."""
-    drawn, file = isinstance(self.files, DrawnOnDemand), self.file_of(reference)
+    drawn, file = self.drawn, self.file_of(reference)
     if isinstance(reference, str) and reference in self.files:
-        key = self.keys[self.ids.index(reference)]
-        return {reference} | (set() if drawn or not file else self.same_file(file, key)), None
+        if drawn or not file: return {reference}, None
+        return {reference} | self.same_file(file, self.key_of(reference)), None
     if file is not None and drawn:
         if file.stem in self.files and os.path.samefile(self.files[file.stem], file): return {file.stem}, None
     if file is not None:
         content = content_key(file)
-        spelled = {os.path.abspath(file), os.path.realpath(file)}
         found = self.same_file(file, content)
-        if not drawn: found |= {name for name, path in self.files.items() if os.path.abspath(path) in spelled}
+        if not found and not drawn: found = self.lying_at({os.path.abspath(file), os.path.realpath(file)})
         if found: return found, None
-    found = {name for name, key in zip(self.ids, self.keys) if key == content}
+    found = set(self.alike(content))
     return found, None if found else content
+
+# %% ../../nbs/retriever/05_search.ipynb #42605c7c
+@patch
+def allowed(self: Retriever, among: str | list[str] | None, left_out: set[str]) -> Tensor:
+    "Which pictures (N,) bool may be answers: of a category, or of some ids, without those left out."
+    ids = self.places("id")
+    if isinstance(among, str): allowed = self.within(among).clone()
+    else: allowed = torch.full((len(self),), among is None)
+    if among is not None and not isinstance(among, str):
+        places = ids.rows(list(among))
+        allowed[places[places >= 0]] = True
+    allowed[ids.rows(list(left_out))] = False
+    return allowed
+
+# %% ../../nbs/retriever/05_search.ipynb #b2af1f0c
+@patch(as_prop=True)
+def gallery(self: Retriever) -> Tensor:
+    "The embeddings (N,T,D) where the model computes; a copy for another device is made once."
+    if self.device.type == "cpu": return self.embeddings
+    return self.kept("gallery", self.embeddings, lambda vectors: vectors.to(self.device))
+
+# %% ../../nbs/retriever/05_search.ipynb #0492d70b
+@patch
+@torch.no_grad()
+def best_places(self: Retriever, query: Tensor, k: int,
+                allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scores and places (Q,k) in the index of the best pictures for queries (Q,D), ties by lower place, on
+    the CPU; fewer than `k` where `allowed` (N,) bool marks fewer."""
+    check_embeddings("query", query, "(Q,D)")
+    if allowed is not None: allowed = allowed.to(query.device)
+    if type(self.method).score is Method.score:
+        found = nearest(query, self.gallery, k, allowed, self.method.reduce)
+    else:
+        scores = self.method.score(query, self.gallery).float()
+        if allowed is not None: scores = scores.masked_fill(~allowed, -torch.inf)
+        found = best_of_row(scores, min(k, len(self) if allowed is None else int(allowed.sum())))
+    return tuple(values.cpu() for values in found)
 
 # %% ../../nbs/retriever/05_search.ipynb #3aafdc55
 @dataclass(frozen=True)
@@ -221,22 +287,28 @@ class Result:
 
 # %% ../../nbs/retriever/05_search.ipynb #acf65e97
 @patch
+def best(self: Retriever, query: Tensor, k: int, among: str | list[str] | None = None,
+         left_out: set[str] = frozenset()) -> list[tuple[str, float]]:
+    "Ids and scores of the `k` best pictures for a query (1,D), best first."
+    if self.store is not None: return self.store.best(query[0], k, among, left_out)
+    names = self.places("id").names
+    values, places = self.best_places(query, k, self.allowed(among, left_out))
+    return [(names[place], value) for place, value in zip(places[0].tolist(), values[0].tolist())]
+
+# %% ../../nbs/retriever/05_search.ipynb #fe05e737
+@patch
 @torch.no_grad()
 def search(self: Retriever, reference, text: str, k: int = 10, gate="learned",
-           among: list[str] | None = None, content: str | None = None) -> list[Result]:
-    """The `k` best pictures, best first, without the reference itself. `among` limits the search to some ids;
-    `content` is the content key of a reference whose file is not at hand."""
+           among: str | list[str] | None = None, content: str | None = None) -> list[Result]:
+    """The `k` best pictures, best first, without the reference itself. `among` limits the search to a
+    category or to some ids; `content` is the content key of a reference whose file is not at hand."""
     if not len(self): raise ValueError("there is nothing to search: index a folder or a data set first")
     if k < 1: raise ValueError(f"k={k} must be at least 1")
     if not self.parts and gate != "learned":
         raise ValueError(f"{self.config.method} has no attribute gate: leave gate at 'learned'")
     query = gated(self.ask(reference, text), gate)
-    scores = self.method.score(query, self.embeddings.to(query.device))[0].float().cpu()
-    names, (left_out, content) = self.ids, self.itself(reference, content)
-    searched = set(names if among is None else among) - left_out
-    allowed = torch.tensor([name in searched for name in names])
-    ranking = scores.masked_fill(~allowed, -torch.inf).argsort(descending=True, stable=True)
-    best = ranking[:min(k + 1, int(allowed.sum()))].tolist()
-    if content is not None and isinstance(self.files, DrawnOnDemand):  # whose keys are not those of files
-        best = [i for i in best if content_key(self.files[names[i]]) != content]
-    return [Result(names[i], self.files[names[i]], scores[i].item()) for i in best[:k]]
+    left_out, content = self.itself(reference, content)
+    found = self.best(query, k + (content is not None), among, left_out)
+    if content is not None and self.drawn:  # whose keys are not those of files
+        found = [pair for pair in found if content_key(self.files[pair[0]]) != content]
+    return [Result(name, self.files[name], score) for name, score in found[:k]]
