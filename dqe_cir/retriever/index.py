@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
 from torch import Tensor
 
@@ -126,7 +127,7 @@ def model_folder(source: str | Path = "") -> Path:
     return Path(source) if source else newest_run() or SHIPPED
 
 # %% ../../nbs/retriever/04_index.ipynb #4ee02f01
-class Retriever:
+class Retriever(PyTorchModelHubMixin, library_name="dqe-cir", tags=["composed-image-retrieval"]):
     "A trained method and the pictures it searches."
 
     def __init__(self, method, config, name: str = "model", record: dict | None = None):
@@ -145,12 +146,13 @@ class Retriever:
 
 # %% ../../nbs/retriever/04_index.ipynb #55127fb9
 @patch(cls_method=True)
-def load(cls: Retriever, source: str | Path = "", device: str = "auto") -> Retriever:
+def load(cls: Retriever, source: str | Path = "", device: str = "auto", encoder: str = "") -> Retriever:
     """The retriever of a run folder, an exported folder, `garments` (the shipped model), or (empty) the
-    newest run, else the shipped model; with its index if it has one. Other folders raise `DataError`, and so
-    does an index that was damaged."""
+    newest run, else the shipped model; with its index if it has one. `encoder` says where the encoder lies,
+    if that is not where the training had it. Other folders raise `DataError`, and so does an index that was
+    damaged."""
     folder = model_folder(source)
-    method, config = load_run(folder, device)
+    method, config = load_run(folder, device, encoder)
     record = folder / "results.json"
     retriever = cls(method, config, "the shipped model" if folder == SHIPPED else folder.name)
     if record.exists(): retriever.record = read_json(record, "evaluate the run again, or remove it", dict)
