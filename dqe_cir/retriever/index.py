@@ -33,7 +33,8 @@ from ..files import DataError, below, owned, parse_json, read_bytes, read_json, 
 from ..files import refused_by_disk, write_json, write_tensors
 from .drawn import DrawnOnDemand
 from .lessons import names_in, seal
-from ..trainer.runs import finished_runs, load_run, runs_folder, trained_state
+from ..trainer.config import ZeroShotConfig, zero_shot_config
+from ..trainer.runs import build_method, finished_runs, load_run, runs_folder, trained_state
 
 # %% ../../nbs/retriever/04_index.ipynb #a39aa864
 CALLED_PICTURES = {*PICTURE_SUFFIXES, ".jpe", ".jfif", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
@@ -159,6 +160,14 @@ def load(cls: Retriever, source: str | Path = "", device: str = "auto", encoder:
     retriever.folder = folder
     if (folder / "index.json").exists(): retriever.take(stored_index(folder))
     return retriever
+
+# %% ../../nbs/retriever/04_index.ipynb #738d02c7
+@patch(cls_method=True)
+def zero_shot(cls: Retriever, encoder: str = "mini", query: str = "", device: str = "auto") -> Retriever:
+    """The retriever of an encoder as it is: `mini`, a hub id or a local folder. `query` is sum, image, text or
+    joint; empty: what the encoder was made for. `DataError` for one that cannot be loaded."""
+    config = zero_shot_config(encoder, query, device)
+    return cls(build_method(config), config, f"{Path(encoder).name}, without training")
 
 # %% ../../nbs/retriever/04_index.ipynb #13262db6
 @patch(as_prop=True)
@@ -442,6 +451,7 @@ def model_key(self: Retriever) -> str:
     "A hash of what decides an embedding: the frozen tower, the image transform and the trained state."
     encoder = self.method.encoder
     digest = hashlib.blake2b(encoder.tower_fingerprint().encode(), digest_size=8)
+    if isinstance(self.config, ZeroShotConfig): digest.update(self.method.stands_on.encode())  # all is frozen
     if not encoder.transform_name.startswith("target_pad"):
         digest.update(b"own transform")  # indexes of version 0.1 padded these pictures too: none of them fits
     for name, value in sorted(trained_state(self.method).items()):

@@ -8,7 +8,7 @@ __all__ = ['ELSEWHERE', 'MADE_FROM', 'MEANING', 'AGAIN', 'CONTENT', 'differences
            'free_folder', 'open_run', 'check_place', 'trained_state', 'load_state', 'word_lists', 'save_weights',
            'read_weights', 'identity', 'check_identity', 'optimizer_tensors', 'load_optimizer', 'save_checkpoint',
            'checkpoint_header', 'load_pools', 'load_checkpoint', 'build_method', 'selection', 'best_path',
-           'keep_checkpoint', 'load_best', 'config_of_run', 'encoder_place', 'load_run']
+           'keep_checkpoint', 'load_best', 'config_of_run', 'encoder_place', 'trained_weights', 'load_run']
 
 # %% ../../nbs/trainer/05_runs.ipynb #3954029a
 import dataclasses, errno, hashlib, json, os, tempfile
@@ -25,7 +25,7 @@ from ..data.datasets import SPECS
 from ..files import DataError, append_jsonl, owned, parse_json, read_json, read_jsonl, read_tensors
 from ..files import writable, write_json, write_tensors, write_text
 from ..methods.base import Method
-from .config import TrainConfig, as_meant, form_of
+from .config import TrainConfig, ZeroShotConfig, as_meant, form_of, kind_of_config
 from .mining import NegativePool
 from .step import Stepper, checkpoint_layers
 
@@ -417,7 +417,7 @@ def config_of_run(folder: Path) -> TrainConfig:
     "The configuration of a run folder; `DataError` names the file where a parameter is unknown or odd."
     values = read_config(folder)
     try:
-        return checked(TrainConfig, values)
+        return checked(kind_of_config(values), values)
     except ValueError as problem:
         raise DataError(f"{Path(folder) / 'config.json'}: {problem}") from None
 
@@ -433,22 +433,29 @@ def encoder_place(folder: Path, config: TrainConfig, encoder: str = "") -> str:
     raise DataError(f"the encoder of {folder}, {name!r}, is not at any place known here: say where it lies, "
                     f"as in Retriever.load({str(folder)!r}, encoder=PLACE) or -p encoder PLACE")
 
-# %% ../../nbs/trainer/05_runs.ipynb #b893b3a5
-def load_run(folder: Path, device: str = "auto", encoder: str = "") -> tuple[Method, TrainConfig]:
-    """The trained method of a finished run folder, in evaluation mode, and its configuration. `encoder` says
-    where the encoder lies, if that is not where the training had it."""
-    config = config_of_run(folder)
-    config = dataclasses.replace(config, device=device, encoder=encoder_place(folder, config, encoder))
+# %% ../../nbs/trainer/05_runs.ipynb #8fed5fe0
+def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
+    "The weights of a run folder by name; `ValueError` for one that is unfinished, damaged or edited."
     path = Path(folder) / "model.safetensors"
     if not path.exists():
         raise ValueError(f"{folder} holds no finished run (no model.safetensors): "
                          "run the training again to finish it")
     state, about = read_tensors(path, AGAIN)
     check_identity(folder, about)
+    return state
+
+# %% ../../nbs/trainer/05_runs.ipynb #b893b3a5
+def load_run(folder: Path, device: str = "auto", encoder: str = "") -> tuple[Method, TrainConfig]:
+    """The trained method of a finished run folder, in evaluation mode, and its configuration. `encoder` says
+    where the encoder lies, if that is not where the training had it."""
+    config = config_of_run(folder)
+    config = dataclasses.replace(config, device=device, encoder=encoder_place(folder, config, encoder))
+    state = None if isinstance(config, ZeroShotConfig) else trained_weights(folder)
     method = build_method(config)
     if differing(made_from(folder), {"encoder": method.stands_on}):
         raise DataError(f"the encoder {config.encoder!r} is not the one that {folder} was trained with: its "
                         "weights differ. Put the former one back, name it with encoder=PLACE, or train again")
-    method.restore(Path(folder))
-    load_state(method, state, path)
+    if state is not None:
+        method.restore(Path(folder))
+        load_state(method, state, Path(folder) / "model.safetensors")
     return method.eval(), config
