@@ -81,6 +81,7 @@ def image_tokens(self: TwoTowers, pixels: Tensor) -> Tensor:
     found = self.vision_tower.get_image_features(pixel_values=pixels.to(self.device))
     return F.normalize(found.pooler_output, dim=-1).unsqueeze(1)
 
+# %% ../../nbs/encoder/05_any_backbone.ipynb #28390642
 @patch
 def encode_target(self: TwoTowers, tokens: Tensor) -> Tensor:
     "The kept vectors (B,1,D), at unit length again where they were stored in half precision."
@@ -97,6 +98,7 @@ def tokenize(self: TwoTowers, texts: list[str]) -> tuple[Tensor, Tensor]:
     if self.padded or "attention_mask" not in words: return ids, torch.ones_like(ids)
     return ids, words["attention_mask"].to(self.device)
 
+# %% ../../nbs/encoder/05_any_backbone.ipynb #3180496f
 @patch
 def encode_text(self: TwoTowers, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     "Words (B,L) to unit vectors (B,D)."
@@ -144,6 +146,7 @@ def encode_target(self: SentenceEncoder, tokens: Tensor) -> Tensor:
     "Pixels (B,3,S,S), 0 to 255, to unit vectors (B,1,D), with the model's prompt for what is searched."
     return self.unit(self.vision_tower.encode_document, self.pictures(tokens)).unsqueeze(1)
 
+# %% ../../nbs/encoder/05_any_backbone.ipynb #9c01996f
 @patch
 def tokenize(self: SentenceEncoder, texts: list[str]) -> tuple[list[str], None]:
     "The texts themselves: the model has a reader of its own."
@@ -154,6 +157,7 @@ def encode_text(self: SentenceEncoder, texts: list[str], _=None) -> Tensor:
     "B texts to unit vectors (B,D), with the model's prompt for queries."
     return self.unit(self.vision_tower.encode_query, texts)
 
+# %% ../../nbs/encoder/05_any_backbone.ipynb #2d107048
 @patch
 def encode_both(self: SentenceEncoder, tokens: Tensor, texts: list[str]) -> Tensor:
     "Pixels (B,3,S,S), 0 to 255, and B texts, read together, to unit vectors (B,D)."

@@ -20,13 +20,15 @@ def reads_both(encoder: nn.Module) -> bool:
     if hasattr(encoder, "encode_both"): return encoder.reads_both
     return hasattr(encoder, "fuse") or hasattr(encoder, "fused_vector")
 
+# %% ../../nbs/methods/82_zero_shot.ipynb #de16a7bb
 def check_query(query: str) -> None:
     "`ValueError` for a query that there is not; empty stands for the encoder's own."
     if query in ("", *QUERIES): return
     raise ValueError(f"unknown query {query!r}; choose one of {', '.join(QUERIES)}")
 
+# %% ../../nbs/methods/82_zero_shot.ipynb #a75ca3c2
 def query_for(encoder: nn.Module, query: str = "") -> str:
-    "The query of an encoder, by name or (empty) by what it was made for; `ValueError` for one it cannot give."
+    "The query of an encoder, by name or (empty) what it was made for; `ValueError` for one it cannot give."
     check_query(query)
     if query == "joint" and not reads_both(encoder):
         raise ValueError(f"query=joint: a {type(encoder).__name__} does not read picture and text together; "

@@ -164,8 +164,8 @@ def load(cls: Retriever, source: str | Path = "", device: str = "auto", encoder:
 # %% ../../nbs/retriever/04_index.ipynb #738d02c7
 @patch(cls_method=True)
 def zero_shot(cls: Retriever, encoder: str = "mini", query: str = "", device: str = "auto") -> Retriever:
-    """The retriever of an encoder as it is: `mini`, a hub id or a local folder. `query` is sum, image, text or
-    joint; empty: what the encoder was made for. `DataError` for one that cannot be loaded."""
+    """The retriever of an encoder as it is: `mini`, a hub id or a local folder. `query` is sum, image, text
+    or joint; empty: what the encoder was made for. `DataError` for one that cannot be loaded."""
     config = zero_shot_config(encoder, query, device)
     return cls(build_method(config), config, f"{Path(encoder).name}, without training")
 

@@ -33,7 +33,7 @@ from ..show.sheets import framed, verdict
 class SearchConfig:
     "Every parameter of the search notebook."
     model: str = ""  # a run or an exported model; garments: the shipped one; empty: newest run, else shipped
-    encoder: str = ""  # where the model's encoder lies now; with model zero_shot: what to search with as it is
+    encoder: str = ""  # where the model's encoder lies now; with model zero_shot: what to search with
     gallery: str = "garments"  # garments, fashioniq, cirr, circo, or a folder of pictures
     size: str = "full"  # garments: full or smoke
     interactive: str = "auto"  # yes, no, or auto: widgets where a person can click, else a static sheet

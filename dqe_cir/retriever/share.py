@@ -31,10 +31,12 @@ def is_place(name: str) -> bool:
     parts = (name, *name.split("+"))
     return name != "mini" and any(os.path.isabs(part) or os.path.exists(part) for part in parts)
 
+# %% ../../nbs/retriever/07_share.ipynb #00d6a80d
 def titled(config: TrainConfig) -> str:
     "What a model is called: its method, and what it was trained on."
     return f"{config.method}, " + (f"trained on {config.dataset}" if config.dataset else "nothing trained")
 
+# %% ../../nbs/retriever/07_share.ipynb #986c0b82
 @patch(as_prop=True)
 def shared_config(self: Retriever) -> TrainConfig:
     "The parameters as they are handed on: no place of this machine, a local encoder by its content."
@@ -68,6 +70,7 @@ def shown_metrics(record: dict) -> dict[str, float]:
     return {name: value for name, value in record.get("metrics", {}).items()
             if value is not None and len(name.split()) < 3}
 
+# %% ../../nbs/retriever/07_share.ipynb #7758d0ec
 def metric_lines(record: dict) -> list[str]:
     "The figures of a record as a table in Markdown, in percent, with their protocol."
     if not record.get("metrics"): return ["No figures: the run was not evaluated."]
@@ -85,6 +88,7 @@ FILES = ("`model.safetensors` holds everything that was trained, `config.json` t
          "`results.json` the record of the run; `vocabulary.json`, where it is there, the words of what it "
          "reads, and `lessons.*` what it was taught.")
 
+# %% ../../nbs/retriever/07_share.ipynb #5273096d
 def card_rows(retriever: Retriever) -> list[str]:
     "What a model is and where it comes from, as rows of a table in Markdown."
     config, record = retriever.shared_config, retriever.record
@@ -103,6 +107,7 @@ def card_rows(retriever: Retriever) -> list[str]:
         rows.append(f"| index | {len(retriever):,} pictures of {retriever.source} |")
     return rows
 
+# %% ../../nbs/retriever/07_share.ipynb #de1e1759
 def encoder_words(retriever: Retriever) -> str:
     "What a card says of the encoder; of one that only the trainer has, how to name it when loading."
     name, encoder = retriever.shared_config.encoder, retriever.method.encoder
@@ -181,6 +186,7 @@ def check_free(folder: Path | str) -> None:
     if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds other things: choose a new folder")
 
+# %% ../../nbs/retriever/07_share.ipynb #44b068be
 @patch
 def save(self: Retriever, folder: Path | str) -> Path:
     "Write the model, its parameters, record, card, index and lessons into a folder that `load` reads."
@@ -196,6 +202,7 @@ def _save_pretrained(self: Retriever, save_directory: Path) -> None:
     self.write_model(Path(save_directory))
     if isinstance(self.files, DrawnOnDemand): self.write_index(save_directory)
 
+# %% ../../nbs/retriever/07_share.ipynb #13e4754e
 @patch
 def save_pretrained(self: Retriever, save_directory: Path | str, **options) -> str | None:
     "Write what is for others into a folder, with `push_to_hub=True` also to the hub; see `push_to_hub`."

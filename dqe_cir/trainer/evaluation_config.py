@@ -66,6 +66,7 @@ def zero_shot_folder(config: ZeroShotConfig, folder: str = "") -> str:
     words = ["zero_shot", re.sub(r"[^\w.-]+", "-", Path(config.encoder).name), config.query]
     return str(Run(config, Path(folder or runs_folder() / "-".join(filter(None, words)))).folder)
 
+# %% ../../nbs/trainer/07_evaluation_config.ipynb #aab4afe1
 def without_training(config: EvaluateConfig) -> EvaluateConfig:
     "The parameters with the folder of an encoder as it is, on the garments if no data set is named."
     if config.method not in TRAIN_FREE:
@@ -81,7 +82,8 @@ def evaluation_config(values: dict) -> EvaluateConfig:
     `ValueError`."""
     config = checked(EvaluateConfig, values)
     if config.method: config = without_training(config)
-    elif config.query: raise ValueError(f"query={config.query} is read with method=zero_shot only: leave it out")
+    elif config.query:
+        raise ValueError(f"query={config.query} is read with method=zero_shot only: leave it out")
     folder = run_to_evaluate(config.run_dir)
     trained = read_config(folder)
     known = {name: getattr(config, name) or trained.get(name, "") for name in ("dataset", "size")}
@@ -110,6 +112,7 @@ def check_kind(folder: Path, dataset: CIRDataset) -> None:
         raise ValueError(f"{folder} was trained on the real {dataset.name}, and only its stand-in is here: "
                          "give data_root, the folder of the real data")
 
+# %% ../../nbs/trainer/07_evaluation_config.ipynb #2abd9cb4
 def record_path(folder: Path, stem: str, kind: str) -> Path:
     "Where a record goes: `<stem>.json`, or beside it where that name holds a record of another kind of data."
     path = Path(folder) / f"{stem}.json"
