@@ -43,6 +43,7 @@ def documents(self: MtebModel, batch: dict) -> Tensor:
     "The pictures of a batch to (B,T*D)."
     return self.method.encode_target(self.retriever.image_tokens(batch["image"])).flatten(1)
 
+# %% ../../nbs/retriever/10_benchmarks.ipynb #1a7e2b08
 @patch
 def queries(self: MtebModel, batch: dict) -> Tensor:
     "The pictures and texts of a batch to (B,D); `ValueError` where one of the two is missing."
