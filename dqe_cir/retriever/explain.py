@@ -152,6 +152,7 @@ def nearest_lessons(self: Retriever, reference, text: str, gate="learned", count
 @patch
 def taught_picture(self: Retriever, name: str) -> Image.Image:
     "A training picture of a model that was trained on drawn pictures; `ValueError` for any other model."
-    if not SPECS[self.config.dataset].drawn:
+    spec = SPECS.get(self.config.dataset)
+    if not spec or not spec.drawn:
         raise ValueError(f"pictures of {self.config.dataset}'s training set are not kept with the model")
     return open_image(DrawnOnDemand([name], garments_root(self.config.size))[name])

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from huggingface_hub import PyTorchModelHubMixin
 from PIL import Image
 from torch import Tensor
 
@@ -34,7 +35,8 @@ from ..files import refused_by_disk, write_json, write_tensors
 from ..retrieval import check_embeddings
 from .drawn import DrawnOnDemand
 from .lessons import names_in, seal
-from ..trainer.runs import finished_runs, load_run, runs_folder, trained_state
+from ..trainer.config import ZeroShotConfig, zero_shot_config
+from ..trainer.runs import build_method, finished_runs, load_run, runs_folder, trained_state
 
 # %% ../../nbs/retriever/04_index.ipynb #a39aa864
 CALLED_PICTURES = {*PICTURE_SUFFIXES, ".jpe", ".jfif", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
@@ -128,7 +130,7 @@ def model_folder(source: str | Path = "") -> Path:
     return Path(source) if source else newest_run() or SHIPPED
 
 # %% ../../nbs/retriever/04_index.ipynb #4ee02f01
-class Retriever:
+class Retriever(PyTorchModelHubMixin, library_name="dqe-cir", tags=["composed-image-retrieval"]):
     """A trained method and the pictures it searches. Lists are replaced and not changed in place: what was
     looked up in them before is remembered."""
 
@@ -152,12 +154,14 @@ class Retriever:
 
 # %% ../../nbs/retriever/04_index.ipynb #55127fb9
 @patch(cls_method=True)
-def load(cls: Retriever, source: str | Path = "", device: str = "auto", store=None) -> Retriever:
+def load(cls: Retriever, source: str | Path = "", device: str = "auto", store=None,
+         encoder: str = "") -> Retriever:
     """The retriever of a run folder, an exported folder, `garments` (the shipped model), or (empty) the
     newest run, else the shipped model; with its index if it has one, or with the pictures in a `store`, an
-    engine of the page `beyond_memory`. Other folders raise `DataError`, and so does a damaged index."""
+    engine of the page `beyond_memory`. `encoder` says where the encoder lies, if that is not where the
+    training had it. Other folders raise `DataError`, and so does a damaged index."""
     folder = model_folder(source)
-    method, config = load_run(folder, device)
+    method, config = load_run(folder, device, encoder)
     record = folder / "results.json"
     retriever = cls(method, config, "the shipped model" if folder == SHIPPED else folder.name)
     if record.exists(): retriever.record = read_json(record, "evaluate the run again, or remove it", dict)
@@ -165,6 +169,14 @@ def load(cls: Retriever, source: str | Path = "", device: str = "auto", store=No
     if store is not None: retriever.search_in(store)
     elif (folder / "index.json").exists(): retriever.take(stored_index(folder))
     return retriever
+
+# %% ../../nbs/retriever/04_index.ipynb #738d02c7
+@patch(cls_method=True)
+def zero_shot(cls: Retriever, encoder: str = "mini", query: str = "", device: str = "auto") -> Retriever:
+    """The retriever of an encoder as it is: `mini`, a hub id or a local folder. `query` is sum, image, text
+    or joint; empty: what the encoder was made for. `DataError` for one that cannot be loaded."""
+    config = zero_shot_config(encoder, query, device)
+    return cls(build_method(config), config, f"{Path(encoder).name}, without training")
 
 # %% ../../nbs/retriever/04_index.ipynb #13262db6
 @patch(as_prop=True)
@@ -544,6 +556,7 @@ def model_key(self: Retriever) -> str:
     "A hash of what decides an embedding: the frozen tower, the image transform and the trained state."
     encoder = self.method.encoder
     digest = hashlib.blake2b(encoder.tower_fingerprint().encode(), digest_size=8)
+    if isinstance(self.config, ZeroShotConfig): digest.update(self.method.stands_on.encode())  # all is frozen
     if not encoder.transform_name.startswith("target_pad"):
         digest.update(b"own transform")  # indexes of version 0.1 padded these pictures too: none of them fits
     for name, value in sorted(trained_state(self.method).items()):

@@ -251,7 +251,9 @@ def told(self: SearchPage, found: str) -> str:
     retriever, unreadable = self.retriever, self.retriever.unreadable
     metrics = retriever.record.get("metrics", {})
     known = "".join(f", {name} {metrics[name]:.1f}" for name in metrics if name in ("mAP", "R@10"))
-    known = f"{retriever.config.method} trained on {retriever.config.dataset}{known}"
+    about = retriever.config
+    made = f" trained on {about.dataset}" if about.dataset else f", query: {retriever.method.query}"
+    known = f"{about.method}{made}{known}"
     bad = ""
     if unreadable:
         first, reason = next(iter(unreadable.items()))

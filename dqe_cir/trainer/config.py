@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'SMALL_BOUNDS', 'MINING', 'COMMON', 'PLAIN', 'OWN', 'EVERYBODY', 'LOWEST', 'HIGHEST', 'PairOptions',
            'TrainConfig', 'form_of', 'options_of', 'sometimes_read', 'recipe_of', 'presets', 'schedule_of', 'choices',
            'check_choices', 'given', 'check_read', 'check_ranges', 'check_warm_up', 'check_processes', 'train_config',
-           'as_meant']
+           'as_meant', 'ZeroShotConfig', 'zero_shot_config', 'kind_of_config']
 
 # %% ../../nbs/trainer/02_config.ipynb #b2338fb1
 import dataclasses, math
@@ -20,7 +20,8 @@ from ..encoder.token_cache import PLACES
 from ..methods.base import Method
 from ..methods.parts import LearnedTemperature
 from ..methods.readings import VOCABULARIES, ReadingOptions
-from ..methods.zoo import METHODS
+from ..methods.zero_shot import check_query
+from ..methods.zoo import METHODS, TRAIN_FREE
 from ..sampler import ZONES
 from .mining import MiningOptions, SAMPLERS, check_mining, unread_options
 
@@ -84,7 +85,7 @@ class TrainConfig(PairOptions, ReadingOptions):
 # %% ../../nbs/trainer/02_config.ipynb #7967c56a
 def form_of(config) -> type[Method]:
     "The class that a run trains: the method, or its native form where it has one and `form` asks for it."
-    method = METHODS[config.method]
+    method = TRAIN_FREE.get(config.method) or METHODS[config.method]
     return (method.native or method) if config.form == "native" else method
 
 # %% ../../nbs/trainer/02_config.ipynb #5b839855
@@ -268,3 +269,20 @@ def as_meant(values: dict) -> dict:
     absent = dict(recipe=None, temperature=0.07 if method == "dqe_cir" else None, warm_up=warm_up,
                   captions="own", readings="none", batches="plain")
     return values | idle | absent
+
+# %% ../../nbs/trainer/02_config.ipynb #431389f0
+@dataclass(frozen=True)
+class ZeroShotConfig(TrainConfig):
+    "Parameters of a method without training."
+    method: str = "zero_shot"
+    dataset: str = ""  # trained on none
+    query: str = ""  # sum, image, text or joint; empty: what the encoder was made for
+
+def zero_shot_config(encoder: str = "mini", query: str = "", device: str = "auto") -> ZeroShotConfig:
+    "The configuration of an encoder as it is; `ValueError` for a query that there is not."
+    check_query(query)
+    return ZeroShotConfig(encoder=encoder, query=query, device=device)
+
+def kind_of_config(values: dict) -> type[TrainConfig]:
+    "Which class holds the parameters that a folder names."
+    return ZeroShotConfig if values.get("method") in TRAIN_FREE else TrainConfig
