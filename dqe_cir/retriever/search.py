@@ -8,6 +8,7 @@ __all__ = ['ReadQuery', 'reading_factors', 'with_tail', 'gate_shares', 'gated', 
 
 # %% ../../nbs/retriever/05_search.ipynb #68e3e6e5
 import hashlib, os, warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -223,15 +224,18 @@ class Result:
 @patch
 @torch.no_grad()
 def search(self: Retriever, reference, text: str, k: int = 10, gate="learned",
-           among: list[str] | None = None, content: str | None = None) -> list[Result]:
+           among: list[str] | None = None, content: str | None = None,
+           rescore: Callable[[Tensor], Tensor] | None = None) -> list[Result]:
     """The `k` best pictures, best first, without the reference itself. `among` limits the search to some ids;
-    `content` is the content key of a reference whose file is not at hand."""
+    `content` is the content key of a reference whose file is not at hand; `rescore` makes other scores (N,)
+    of those of the whole index."""
     if not len(self): raise ValueError("there is nothing to search: index a folder or a data set first")
     if k < 1: raise ValueError(f"k={k} must be at least 1")
     if not self.parts and gate != "learned":
         raise ValueError(f"{self.config.method} has no attribute gate: leave gate at 'learned'")
     query = gated(self.ask(reference, text), gate)
     scores = self.method.score(query, self.embeddings.to(query.device))[0].float().cpu()
+    if rescore is not None: scores = rescore(scores)
     names, (left_out, content) = self.ids, self.itself(reference, content)
     searched = set(names if among is None else among) - left_out
     allowed = torch.tensor([name in searched for name in names])
