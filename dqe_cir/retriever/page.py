@@ -557,7 +557,7 @@ def no_maps(why: Explanation) -> str:
     if why.maps is None: return ""
     pairs = [f"{one} and {other} (cosine {cosine:.2f})" for one, other, cosine in why.copies]
     if not pairs: return not_worth_showing(why.maps)
-    return f"Near-copies: {', '.join(pairs)}. What they say apart is not to be told from their maps or shares."
+    return f"Near-copies: {', '.join(pairs)}. Their maps are not shown, and their shares tell nothing apart."
 
 def why_in_words(name: str, why: Explanation) -> str:
     "What a panel says: what the text speaks of, what was read, and why there are no maps, as HTML."

@@ -90,7 +90,7 @@ function render({ model, el }) {
     let before;
     regions.push(() => {
       const now = JSON.stringify(pick(state()));
-      if (now === before) return;
+      if (now === before && !state().bad) return; // what was refused is put back to what it was
       before = now;
       const focus = node.contains(document.activeElement) && document.activeElement.dataset.focus;
       node.replaceChildren(...[draw(state())].flat(3).filter((child) => child != null && child !== false));
@@ -152,8 +152,8 @@ function render({ model, el }) {
     button("Choose …", () => { send("browse", ["", 0]); chooser.showModal(); }, { title: "choose the reference from the pictures of the gallery" }),
     button("Another", () => send("another"), { title: "another picture of the gallery" }),
     button("Upload", () => file.click(), { title: "a picture of your own; it can be pasted or dropped here, too" }), file);
-  const examples = region(h("div", {}), (s) => s.examples, (s) => s.examples.length > 0 && choice("Example",
-    [["a query of the data set …", -1], ...s.examples.map((words, row) => [words, row])], -1, (row) => Number(row) >= 0 && send("example", [Number(row)])));
+  const examples = region(h("div", {}), (s) => [s.examples, s.history, s.reference], (s) => s.examples.length > 0 && choice("Example",
+    [["a query of the data set …", ""], ...s.examples.map((words, row) => [words, row])], "", (row) => send("example", [Number(row)])));
   const weights = region(h("div", { class: "dqe-weights" }), (s) => [s.balance, s.parts, s.mode, s.weights], (s) => [
     slider("Picture ↔ words", s.balance, -1, 1, (value) => send("balance", [value]), { title: "left: more of the picture; right: more of the words" }),
     s.parts.length === 0 ? h("p", {}, s.no_parts) : h("fieldset", {}, h("legend", {}, s.reads ? "Attributes" : "Gate"),
@@ -202,6 +202,7 @@ function render({ model, el }) {
   // ---- two windows: one picture large, with its reasons; and all pictures, to choose the reference from
 
   function look(one) {
+    if (viewed?.key === one.key) return;
     viewed = one;
     seen.replaceChildren(h("h3", { class: "dqe-whole" }, one.rank ? `${one.rank}. ${one.name}` : one.name), picture(one.key, one.name, LARGE, "dqe-large"),
       one.rank ? h("div", { class: "dqe-buttons" }, doing(one)) : "");
