@@ -48,7 +48,7 @@ function gallery(model, root) {
 }
 
 function render({ model, el }) {
-  const root = h("div", { class: "dqe-page", "data-lm-suppress-shortcuts": "true" });
+  const root = h("div", { class: "dqe-page", onkeydown: (event) => event.stopPropagation() }); // JupyterLab has commands of one letter
   const { picture, came, forget } = gallery(model, root);
   const state = () => model.get("state");
   let asked = 0, written = -1, viewed = null, patience = [];
@@ -106,6 +106,14 @@ function render({ model, el }) {
       options.map(([label, name]) => h("option", { value: name, selected: String(name) === String(value) }, label)));
     return h("label", { class: "dqe-choice" }, h("span", {}, words), select);
   }
+  function line_of(input, action) { // Enter in a line is the button beside it; not the Enter that ends a composed character
+    input.addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.isComposing) return;
+      event.preventDefault();
+      action();
+    });
+    return input;
+  }
   function slider(words, value, least, most, action, more = {}) {
     const said = h("output", {}, Number(value).toFixed(2));
     const input = h("input", { type: "range", min: least, max: most, step: "any", value, "data-focus": words,
@@ -124,11 +132,11 @@ function render({ model, el }) {
   // ---- where to search, and what is going on
 
   const where = region(h("div", { class: "dqe-bar" }), (s) => [s.galleries, s.gallery, s.asks_folder, s.folder], (s) => {
-    const folder = h("input", { type: "text", value: s.folder, placeholder: "path of a folder", "aria-label": "Folder", "data-focus": "folder" });
-    const form = h("form", { class: "dqe-folder", onsubmit: (event) => { event.preventDefault(); send("folder", [folder.value]); } },
-      folder, h("button", { "data-focus": "open folder" }, "Open"));
+    const open = () => send("folder", [folder.value]);
+    const folder = line_of(h("input", { type: "text", value: s.folder, placeholder: "path of a folder", "aria-label": "Folder", "data-focus": "folder" }), open);
+    const path = h("div", { class: "dqe-folder" }, folder, button("Open", open));
     return [choice("Gallery", s.galleries.map((name) => [name, name]), s.gallery, (name) => send("gallery", [name])),
-      s.asks_folder && form,
+      s.asks_folder && path,
       button("Reindex", () => send("reindex"), { title: "look again which pictures are there" })];
   });
   const status = region(h("div", { class: "dqe-status", role: "status" }), (s) => [s.status, s.bad],
@@ -139,9 +147,9 @@ function render({ model, el }) {
 
   // ---- the question
 
-  const field = h("input", { type: "text", id: `dqe-text-${Math.random().toString(36).slice(2)}`, class: "dqe-text", autocomplete: "off" });
-  const form = h("form", { class: "dqe-form", onsubmit: (event) => { event.preventDefault(); send("search"); } },
-    h("label", { for: field.id }, "What should change?"), field, h("button", { class: "dqe-main" }, "Search"));
+  const search = () => send("search");
+  const field = line_of(h("input", { type: "text", id: `dqe-text-${Math.random().toString(36).slice(2)}`, class: "dqe-text", autocomplete: "off" }), search);
+  const form = h("div", { class: "dqe-form" }, h("label", { for: field.id }, "What should change?"), field, button("Search", search, { class: "dqe-main" }));
   const note = region(h("div", { class: "dqe-note", role: "status" }), (s) => s.note, (s) => s.note && h("span", {}, s.note));
   const reference = region(h("figure", { class: "dqe-reference" }), (s) => s.reference, (s) => s.reference && [
     h("button", { type: "button", class: "dqe-look", "data-focus": "reference", "aria-label": `Look at the reference ${s.reference.name}`, onclick: () => look(s.reference) },
