@@ -180,7 +180,7 @@ def write(self: SearchPage, text: str) -> None:
 @patch(as_prop=True)
 def asking(self: SearchPage) -> Session:
     "The session, once a gallery is open."
-    if self.session is None: raise ValueError("no gallery is open yet: choose one, or give a folder of pictures")
+    if self.session is None: raise ValueError("no gallery is open yet: choose one, or give a folder")
     return self.session
 
 @patch
@@ -450,7 +450,8 @@ def told_question(self: SearchPage) -> dict:
         reference=self.told_picture(session.reference) if session else None, examples=examples,
         reads=retriever.reads, parts=[*retriever.weighed], weights=self.weights,
         mode=gate if isinstance(gate, str) else "by hand", most=MOST if retriever.reads else 1.0,
-        no_parts=f"{retriever.config.method} has no attribute gate", balance=session.balance if session else 0,
+        no_parts=f"{retriever.config.method} has no attribute gate",
+        balance=session.balance if session else 0,
         avoided=[self.told_picture(name) for name in (session.avoided if session else ())])
 
 # %% ../../nbs/retriever/09_page.ipynb #24f9e938
@@ -470,7 +471,8 @@ def told_answer(self: SearchPage) -> dict:
     if step is None: return told | dict(results=[], subset=[], more=False, legend="", note="")
     return told | dict(
         results=self.told_results(step.results, step.marks), more=len(step.results) < step.among - 1,
-        subset=self.told_results(step.subset, step.subset_marks), legend=marks_in_words(step), note=step.unheard)
+        subset=self.told_results(step.subset, step.subset_marks),
+        legend=marks_in_words(step), note=step.unheard)
 
 # %% ../../nbs/retriever/09_page.ipynb #7cbe395b
 def marks_in_words(step: Step) -> str:
@@ -577,7 +579,8 @@ def explain(self: SearchPage, name: str) -> None:
     self.why = dict(key=self.number(name), maps=None, strip=None, lesson="")
     self.tell_lesson(reference, step)
     if not self.retriever.parts:
-        self.why["html"] = f"<b>Why?</b> {self.retriever.config.method} has no parts to explain a result with."
+        method = self.retriever.config.method
+        self.why["html"] = f"<b>Why?</b> {method} has no parts to explain a result with."
         return
     why = self.retriever.explain(reference, step.text, name, step.gate)
     self.why["html"] = why_in_words(name, why) + contribution_bars(why) + weighed_in_words(session)
@@ -589,9 +592,11 @@ def explain(self: SearchPage, name: str) -> None:
 def weighed_in_words(session: Session) -> str:
     "What moved the list beside the request, as HTML."
     told = []
-    if session.balance: told.append(f"{abs(session.balance):.0%} {'words' if session.balance > 0 else 'picture'} alone")
+    side = "words" if session.balance > 0 else "picture"
+    if session.balance: told.append(f"{abs(session.balance):.0%} {side} alone")
     if session.avoided: told.append(f"not like {len(session.avoided)} refused")
-    return f"<p>The list is weighed besides: {', '.join(told)}; the reasons are those of the request.</p>" if told else ""
+    if not told: return ""
+    return f"<p>The list is weighed besides: {', '.join(told)}; the reasons are those of the request.</p>"
 
 # %% ../../nbs/retriever/09_page.ipynb #cf04e5ba
 @patch

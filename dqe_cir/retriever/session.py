@@ -245,7 +245,8 @@ def training_texts(retriever: Retriever) -> list[str]:
     if SPECS[retriever.config.dataset].drawn: return caption_corpus()
     folder = retriever.folder
     if folder is None: return []
-    if (folder / TAUGHT).exists(): return [caption_text(told.captions) for told in told_lessons(folder / TAUGHT)]
+    kept = folder / TAUGHT
+    if kept.exists(): return [caption_text(told.captions) for told in told_lessons(kept)]
     lessons = read_lessons(folder)
     return [text for _, text, *_ in lessons.taught] if lessons else []
 
@@ -311,7 +312,7 @@ def agreement(self: Session, text: str) -> Tensor:
     "How well every indexed picture fits the words alone (N,): the best cosine of its embeddings."
     method, embeddings = self.retriever.method, self.retriever.embeddings
     if not hasattr(method.encoder, "encode_text"):
-        raise ValueError(f"{method.encoder.transform_name} has no embedding of words alone: weigh the picture")
+        raise ValueError("this model has no embedding of words alone: weigh the picture instead")
     words = method.encoder.tokenize([method.query_text(Triplet("", None, (text,)))])
     vector = method.encoder.encode_text(*words)[0].float().cpu()
     return (embeddings[..., :len(vector)] @ vector).amax(-1)
@@ -363,7 +364,8 @@ def search(self: Session, text: str) -> Step:
     with self.changing():
         self.k, repeated = self.few, self.step and (self.step.reference, self.step.text)
         step = self.answer(self.reference, text)
-        if repeated == (step.reference, step.text): self.steps[-1] = replace(step, milliseconds=self.step.milliseconds)
+        if repeated == (step.reference, step.text):
+            self.steps[-1] = replace(step, milliseconds=self.step.milliseconds)
         else: self.steps.append(step)
         self.text = step.text
     return self.step
@@ -461,21 +463,23 @@ def table(self: Session) -> str:
 # %% ../../nbs/retriever/08_session.ipynb #74dfbf36
 @patch
 def result_sheet(self: Session, side: int = 148, columns: int = 5) -> Image.Image:
-    "The last step as a sheet: the reference and the words above, the results below with rank, score and name."
+    "The last step as a sheet: reference and words above, the results below with rank, score and name."
     if not self.steps: raise ValueError("there is no list yet: search first")
     step, gap, line = self.step, 8, 34
     rows = 1 + math.ceil(len(step.results) / columns)
     sheet = Image.new("RGB", (columns * (side + gap), rows * (side + line)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     sheet.paste(framed(self.picture(step.reference, side), "query", side), (0, 0))
-    said = "\n".join(textwrap.wrap(f"{step.reference}: {step.text}", 80)[:8])
-    draw.multiline_text((side + gap, 6), said.encode("latin-1", "replace").decode("latin-1"), fill="black", font=font)
+    asked = f"{step.reference}: {step.text}".encode("utf-8", "replace").decode()
+    said = "\n".join(textwrap.wrap(asked, 80)[:8])
+    draw.multiline_text((side + gap, 6), said, fill="black", font=font)
     marks = step.marks or ["query"] * len(step.results)
     for i, (result, mark) in enumerate(zip(step.results, marks)):
         x, y = i % columns * (side + gap), (1 + i // columns) * (side + line)
         sheet.paste(framed(self.picture(result.id, side), mark, side), (x, y))
-        name = result.id.encode("latin-1", "replace").decode("latin-1")
-        draw.text((x + 4, y + side), f"{i + 1}. {result.score:.3f}\n{name[:22]}", fill="black", font=font, spacing=1)
+        name = result.id.encode("utf-8", "replace").decode()
+        told = f"{i + 1}. {result.score:.3f}\n{name[:22]}"
+        draw.text((x + 4, y + side), told, fill="black", font=font, spacing=1)
     return sheet
 
 # %% ../../nbs/retriever/08_session.ipynb #58683323
