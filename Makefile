@@ -63,13 +63,16 @@ browser: $(INSTALLED)
 	echo "no browser: none of chromium, google-chrome is on PATH (Debian, Ubuntu: apt-get install chromium fonts-dejavu-core)"; exit 1
 	@$(BIN)/python -m pip install --quiet -r requirements-browser.txt -c constraints.txt
 
+# A server cuts the connection at a message of more than 10 MB; a photograph may have 25. Our page sends pieces, other widgets do not.
+LARGE_MESSAGES := tornado_settings='{"websocket_max_message_size": 67108864}'
+
 lab: $(INSTALLED) ## open JupyterLab on this folder
-	$(BIN)/jupyter lab $(ARGS)
+	$(BIN)/jupyter lab --ServerApp.$(LARGE_MESSAGES) $(ARGS)
 
 # Bound to this machine; the address with its token is printed. voila is only needed here, and installed when first asked for.
 app: $(INSTALLED) ## open the search page as an app without code
 	@$(BIN)/python -c 'import voila' 2>/dev/null || $(BIN)/python -m pip install voila==0.5.13 -c constraints.txt
-	$(BIN)/voila nbs/search.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True $(ARGS)
+	$(BIN)/voila nbs/search.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True --Voila.$(LARGE_MESSAGES) $(ARGS)
 
 docs: $(INSTALLED) ## build the documentation in _docs/ from the notebooks; open _docs/index.html
 	@$(BIN)/python docs/build.py _docs

@@ -1,6 +1,8 @@
 "The page without code: served to whoever brings the token, refused to everybody else."
+import ast
 import importlib.util
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -22,6 +24,14 @@ def make_lines(target):
 def test_the_app_is_bound_to_this_machine_and_never_without_a_token():
     said = make_lines("app")
     assert "voila nbs/search.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True" in said
+
+
+@pytest.mark.parametrize("target, server", [("lab", "ServerApp"), ("app", "Voila")])
+def test_a_message_may_be_as_large_as_a_photograph(target, server):
+    "Tornado cuts the connection at 10 MB and says nothing; both servers are started with room for more than 25."
+    words = shlex.split(next(line for line in make_lines(target).splitlines() if f"--{server}.tornado_settings" in line))
+    settings = next(word.split("=", 1)[1] for word in words if word.startswith(f"--{server}.tornado_settings="))
+    assert ast.literal_eval(settings)["websocket_max_message_size"] > 25 * 2**20
 
 
 def status(address):

@@ -21,10 +21,9 @@ from dqe_cir.encoder import cache_tokens, load_encoder
 from dqe_cir.evaluator.scoring import encode_gallery, encode_queries
 from dqe_cir.methods.info_nce import InfoNCE
 from dqe_cir.retriever import Retriever
-from dqe_cir.retriever.attention import not_worth_showing
 from dqe_cir.retriever.drawn import garments_at_once
 from dqe_cir.retriever.index import compared, digest_of, picture_files, stored_index
-from dqe_cir.retriever.page import MOST
+from dqe_cir.retriever.page import MOST, no_maps
 from dqe_cir.retriever.search import ReadQuery, gate_by_hand, gate_shares, gated
 from dqe_cir.retriever import SHIPPED, SearchPage, Session
 from dqe_cir.trainer import build_method, smoke_run, train_config
@@ -170,34 +169,34 @@ def test_a_model_with_readings_is_saved_and_loaded(gallery, reading, mixing, tmp
     assert not (folder / "vocabulary.json").exists() and not Retriever.load(folder, device="cpu").reads
 
 
+def do(page, action, *values, text="is red"):
+    "What a browser would send to the search page; the page as plain values after it."
+    page.heard(page.widget, {"do": action, "with": list(values), "text": text, "number": 1}, [])
+    return page.widget.state
+
+
 def test_the_page_weighs_attributes_and_says_what_was_read(reading):
     page = SearchPage(reading, size="smoke")
     page.open("garments")
-    assert [(slider.description, slider.max) for slider in page.sliders] == [("yellow / grey / red …", MOST), ("plain / striped", MOST)]
-    page.text.value = "is red"
-    page.button.click()
-    assert page.by_hand() == (1, 1)
-    before = [cell.caption.value for cell in page.cells]
-    page.sliders[0].value = 1.0000000000000002  # what a browser makes of the 1 that it was sent
-    assert page.session.step.gate == "learned"
-    page.mode.value = "by hand"
-    page.sliders[0].value = 0
-    assert page.session.step.gate == (0, 1) and [cell.caption.value for cell in page.cells] != before
-    page.cells[0].why.click()
-    assert page.why_text.value.count("Read from ") == 3 and "The text speaks of yellow / grey / red …" in page.why_text.value
-    assert page.why_image.layout.display == "none" and page.why_figure.outputs
+    said = do(page, "search")
+    assert said["parts"] == ["yellow / grey / red …", "plain / striped"] and said["most"] == MOST and said["weights"] == [1, 1]
+    before = said["results"]
+    assert do(page, "mode", "by hand")["results"] == before
+    said = do(page, "weights", [0, 1])
+    assert page.session.step.gate == (0, 1) and said["results"] != before
+    why = do(page, "why", said["results"][0]["key"])["why"]
+    assert why["html"].count("Read from ") == 3 and "The text speaks of yellow / grey / red …" in why["html"]
+    assert why["maps"] is None and "dqe-share" in why["html"]
 
 
 def test_maps_that_are_alike_are_not_shown(gallery, mixing):
     "An untrained model's sub-queries look at the same places: a sentence stands where two equal pictures would."
     page = SearchPage(mixing, size="smoke")
     page.open("garments")
-    page.text.value = "is red"
-    page.button.click()
-    page.cells[0].why.click()
-    why = mixing.explain(page.session.reference, "is red", page.cells[0].id)
-    assert not_worth_showing(why.maps) and not_worth_showing(why.maps) in page.why_text.value
-    assert page.why_image.layout.display == "none" and why.readings == []
+    first = do(page, "search")["results"][0]
+    told = do(page, "why", first["key"])["why"]
+    why = mixing.explain(page.session.reference, "is red", first["name"])
+    assert (no_maps(why) and no_maps(why) in told["html"] and told["maps"] is None) and why.readings == []
 
 
 @pytest.mark.parametrize("method, options", [("covr", {}), ("bi_blip4cir", {}), ("dqe_cir", {"attribute_mode": "off"})])
@@ -215,9 +214,9 @@ def test_a_method_without_parts_searches_too(gallery):
     with pytest.raises(ValueError, match="no attribute parts"): plain.explain(gallery.gallery[0], "is red", gallery.gallery[1])
     page = SearchPage(plain, size="smoke")
     page.open("garments")
-    page.text.value = "is red"
-    page.button.click()
-    assert all(cell.id for cell in page.cells) and not page.sliders
+    said = do(page, "search")
+    assert len(said["results"]) == 10 and said["parts"] == said["weights"] == []
+    assert "has no parts to explain" in do(page, "why", said["results"][0]["key"])["why"]["html"]
 
 
 def test_drawn_on_demand_is_the_benchmark_bit_for_bit(tmp_path, monkeypatch, gallery):
@@ -234,7 +233,7 @@ def test_undo_goes_back_step_by_step(gallery, retriever):
         asked.append(session.reference)
         session.choose(session.search(text).results[0].id)
     for reference in reversed(asked):
-        session.undo()
+        for _ in ("the choice of a result", "the question"): session.undo()
         assert session.reference == reference
     assert session.undo() is None and not session.steps
 
@@ -242,12 +241,12 @@ def test_undo_goes_back_step_by_step(gallery, retriever):
 def test_the_page_tells_errors_in_words(folder, tmp_path, retriever):
     page = SearchPage(retriever, size="smoke")
     page.open("garments")
-    page.folder.value = str(tmp_path / "nowhere")
-    assert "is not a folder" in page.status.value and 'class="bad"' in page.status.value
+    said = do(page, "folder", str(tmp_path / "nowhere"))
+    assert "is not a folder" in said["status"] and said["bad"] and said["gallery"] == "garments"
     (tmp_path / "bare").mkdir()
-    page.folder.value = str(tmp_path / "bare")
-    assert "no readable picture" in page.status.value
-    page.folder.value = str(folder)
+    assert "no readable picture" in do(page, "folder", str(tmp_path / "bare"))["status"]
+    assert len(do(page, "search")["results"]) == 10, "the old gallery is as usable as before"
+    do(page, "folder", str(folder))
     assert page.session.dataset is None and len(page.retriever) == 6
 
 

@@ -8,6 +8,7 @@ __all__ = ['ReadQuery', 'reading_factors', 'with_tail', 'gate_shares', 'gated', 
 
 # %% ../../nbs/retriever/05_search.ipynb #68e3e6e5
 import hashlib, os, warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -263,16 +264,18 @@ def gallery(self: Retriever) -> Tensor:
 # %% ../../nbs/retriever/05_search.ipynb #0492d70b
 @patch
 @torch.no_grad()
-def best_places(self: Retriever, query: Tensor, k: int,
-                allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def best_places(self: Retriever, query: Tensor, k: int, allowed: Tensor | None = None,
+                rescore: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Scores and places (Q,k) in the index of the best pictures for queries (Q,D), ties by lower place, on
-    the CPU; fewer than `k` where `allowed` (N,) bool marks fewer."""
+    the CPU; fewer than `k` where `allowed` (N,) bool marks fewer. `rescore` makes other scores (N,) of those
+    of a query with all pictures."""
     check_embeddings("query", query, "(Q,D)")
     if allowed is not None: allowed = allowed.to(query.device)
-    if type(self.method).score is Method.score:
+    if type(self.method).score is Method.score and rescore is None:
         found = nearest(query, self.gallery, k, allowed, self.method.reduce)
     else:
         scores = self.method.score(query, self.gallery).float()
+        if rescore is not None: scores = torch.stack([rescore(row.cpu()) for row in scores]).to(query.device)
         if allowed is not None: scores = scores.masked_fill(~allowed, -torch.inf)
         found = best_of_row(scores, min(k, len(self) if allowed is None else int(allowed.sum())))
     return tuple(values.cpu() for values in found)
@@ -288,27 +291,31 @@ class Result:
 # %% ../../nbs/retriever/05_search.ipynb #acf65e97
 @patch
 def best(self: Retriever, query: Tensor, k: int, among: str | list[str] | None = None,
-         left_out: set[str] = frozenset()) -> list[tuple[str, float]]:
+         left_out: set[str] = frozenset(), rescore=None) -> list[tuple[str, float]]:
     "Ids and scores of the `k` best pictures for a query (1,D), best first."
+    if self.store is not None and rescore is not None:
+        raise ValueError("pictures in a store cannot be weighed anew: index them in memory for that")
     if self.store is not None: return self.store.best(query[0], k, among, left_out)
     names = self.places("id").names
-    values, places = self.best_places(query, k, self.allowed(among, left_out))
+    values, places = self.best_places(query, k, self.allowed(among, left_out), rescore)
     return [(names[place], value) for place, value in zip(places[0].tolist(), values[0].tolist())]
 
 # %% ../../nbs/retriever/05_search.ipynb #fe05e737
 @patch
 @torch.no_grad()
 def search(self: Retriever, reference, text: str, k: int = 10, gate="learned",
-           among: str | list[str] | None = None, content: str | None = None) -> list[Result]:
+           among: str | list[str] | None = None, content: str | None = None,
+           rescore: Callable[[Tensor], Tensor] | None = None) -> list[Result]:
     """The `k` best pictures, best first, without the reference itself. `among` limits the search to a
-    category or to some ids; `content` is the content key of a reference whose file is not at hand."""
+    category or to some ids; `content` is the content key of a reference whose file is not at hand;
+    `rescore` makes other scores (N,) of those of the whole index."""
     if not len(self): raise ValueError("there is nothing to search: index a folder or a data set first")
     if k < 1: raise ValueError(f"k={k} must be at least 1")
     if not self.parts and gate != "learned":
         raise ValueError(f"{self.config.method} has no attribute gate: leave gate at 'learned'")
     query = gated(self.ask(reference, text), gate)
     left_out, content = self.itself(reference, content)
-    found = self.best(query, k + (content is not None), among, left_out)
+    found = self.best(query, k + (content is not None), among, left_out, rescore)
     if content is not None and self.drawn:  # whose keys are not those of files
         found = [pair for pair in found if content_key(self.files[pair[0]]) != content]
     return [Result(name, self.files[name], score) for name, score in found[:k]]
