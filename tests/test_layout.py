@@ -30,7 +30,7 @@ ALLOWED = {
     "methods": {"files", "core", "retrieval", "losses", "attributes", "vocabulary", "readings", "data", "encoder"},
     "evaluator": {"files", "core", "retrieval", "metrics", "data", "methods", "show"},
     "trainer": {"files", "core", "retrieval", "attributes", "vocabulary", "sampler", "data", "encoder", "methods", "evaluator"},
-    "studies": {"files", "core", "sampler", "data", "encoder", "methods", "evaluator", "trainer", "show"},
+    "studies": {"files", "core", "retrieval", "sampler", "data", "encoder", "methods", "evaluator", "trainer", "show", "retriever"},
     "retriever": {"files", "core", "attributes", "readings", "data", "encoder", "evaluator", "trainer", "show"},
 }
 

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core import data_folder, writable_data
+from ..core import data_folder, handed, writable_data
 from ..data.base import CIRDataset
 from ..data.pictures import open_image
 from .blip2 import Blip2Encoder, deciding
@@ -43,7 +43,7 @@ class TokenCache:
         unknown = [name for name in ids if name not in self.row]
         if unknown:
             raise KeyError(f"no tokens of image {unknown[0]!r}: it was not among the images that were cached")
-        return torch.from_numpy(self.tokens[[self.row[name] for name in ids]]).to(self.device).float()
+        return handed(torch.from_numpy(self.tokens[[self.row[name] for name in ids]]), self.device).float()
 
 # %% ../../nbs/encoder/03_tokens.ipynb #0b0b12b0
 def stored_type(image: np.ndarray) -> type:
