@@ -2068,8 +2068,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'dqe_cir/studies/bench_gpu.py'),
                                            'dqe_cir.studies.bench_gpu.shown_run': ( 'studies/bench_gpu.html#shown_run',
                                                                                     'dqe_cir/studies/bench_gpu.py'),
-                                           'dqe_cir.studies.bench_gpu.sizes': ( 'studies/bench_gpu.html#sizes',
-                                                                                'dqe_cir/studies/bench_gpu.py'),
                                            'dqe_cir.studies.bench_gpu.thirty': ( 'studies/bench_gpu.html#thirty',
                                                                                  'dqe_cir/studies/bench_gpu.py'),
                                            'dqe_cir.studies.bench_gpu.timed_steps': ( 'studies/bench_gpu.html#timed_steps',

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CARD', 'BATCHES', 'Work', 'config_of', 'encoder_of', 'random_batch', 'kept_bytes', 'picture_flop', 'tower_layers',
-           'sizes', 'work_of', 'now', 'device_rate', 'Run', 'fashioniq_run', 'projected_phases', 'projected_steps',
-           'Pinned', 'peak', 'timed_steps', 'write_picture', 'write_category', 'write_sample', 'method_on', 'rehearse',
+           'work_of', 'now', 'device_rate', 'Run', 'fashioniq_run', 'projected_phases', 'projected_steps', 'Pinned',
+           'peak', 'timed_steps', 'write_picture', 'write_category', 'write_sample', 'method_on', 'rehearse',
            'shown_run', 'projection', 'thirty', 'measurement', 'bench_gpu', 'run_table', 'parsed', 'main']
 
-# %% ../../nbs/studies/07_bench_gpu.ipynb #963ee94b
-import argparse, statistics, sys, tempfile, time
+# %% ../../nbs/studies/07_bench_gpu.ipynb #d3459b1f
+import argparse, sys, tempfile, time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,9 @@ import numpy as np
 import torch
 from IPython.display import Markdown
 from PIL import Image
-from torch import nn
 from tqdm.auto import tqdm
 
 from ..core import environment, generator, handed
-from ..data.base import CIRDataset
 from ..data.datasets import SPECS, load_dataset
 from ..encoder.blip2 import Blip2Encoder, load_encoder
 from ..encoder.tokens import cache_tokens
@@ -39,10 +37,10 @@ from ..trainer.loop import fit, train_epoch
 from ..trainer.runs import open_run
 from ..trainer.step import Stepper, mean_terms
 
-# %% ../../nbs/studies/07_bench_gpu.ipynb #cd4d613a
+# %% ../../nbs/studies/07_bench_gpu.ipynb #bbc2d25f
 @dataclass
 class Work:
-    "FLOP of one picture, training query, query and candidate; bytes of one picture's tokens; and weights."
+    "FLOP of one picture, training query, query and candidate; bytes of one picture's tokens; weights trained."
     picture: float
     step: float
     query: float
@@ -50,7 +48,6 @@ class Work:
     token_bytes: int
     kept_bytes: int  # what autograd keeps of one training query, in float32
     trained: int
-    frozen: int
 
 def config_of(encoder: str, **values) -> TrainConfig:
     "A run of `dqe_cir` on FashionIQ as its paper has it."
@@ -81,7 +78,7 @@ def kept_bytes(work: Callable) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value): result = work()
     return sum(kept.values())
 
-# %% ../../nbs/studies/07_bench_gpu.ipynb #a24119ff
+# %% ../../nbs/studies/07_bench_gpu.ipynb #22aa00b1
 def picture_flop(name: str) -> float:
     "FLOP of one picture through the whole tower."
     def through(encoder):
@@ -96,13 +93,7 @@ def tower_layers(name: str) -> int:
     "How many layers a tower of full size has."
     return TOWERS[name]().vision_config.num_hidden_layers
 
-def sizes(module: nn.Module) -> tuple[int, int]:
-    "How many weights are trained, and how many are not."
-    counts = {True: 0, False: 0}
-    for weight in module.parameters(): counts[weight.requires_grad] += weight.numel()
-    return counts[True], counts[False]
-
-# %% ../../nbs/studies/07_bench_gpu.ipynb #afee80ae
+# %% ../../nbs/studies/07_bench_gpu.ipynb #3d4ba08d
 def work_of(name: str, count: int = 2) -> Work:
     "The work of `mini`, `vit_l` or `vit_g`, counted on a batch."
     encoder = encoder_of(name, layers=1)
@@ -114,12 +105,10 @@ def work_of(name: str, count: int = 2) -> Work:
     with torch.no_grad():
         query = count_flop(lambda: method.encode_query(batch.reference, batch.texts))
         candidate = count_flop(lambda: method.encode_target(batch.target))
-    trained, frozen = sizes(method)
-    weights = sum(weight.numel() for weight in method.parameters() if weight.requires_grad)
-    frozen = frozen if name == "mini" else frozen * tower_layers(name)
+    trained = sum(weight.numel() for weight in method.parameters() if weight.requires_grad)
     each = [number / count for number in (step, query, candidate)]
     tokens = 2 * encoder.token_shape[0] * encoder.token_shape[1]
-    return Work(picture_flop(name), *each, tokens, (kept - 4 * weights) // count, trained, frozen)
+    return Work(picture_flop(name), *each, tokens, (kept - 4 * trained) // count, trained)
 
 # %% ../../nbs/studies/07_bench_gpu.ipynb #5db61b88
 CARD = {"name": "an H100-class card, assumed", "bfloat16": 790e12, "float32": 50e12, "share": 0.4,
