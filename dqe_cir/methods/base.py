@@ -35,7 +35,8 @@ class Batch:
 
     def to(self, device) -> "Batch":
         "The same batch on another device."
-        moved = {name: handed(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: handed(value, device) for name, value in tensors.items()}
         return replace(self, **moved)
 
 # %% ../../nbs/methods/00_base.ipynb #ddf47496

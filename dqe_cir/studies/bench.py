@@ -12,7 +12,8 @@ __all__ = ['COLOURS', 'SHAPES', 'QFORMER', 'VIT_L', 'TOWERS', 'STEPS', 'SAMPLERS
            'ratio_figure', 'load_now', 'bench']
 
 # %% ../../nbs/studies/06_bench.ipynb #b7f5a919
-import argparse, concurrent.futures, contextlib, importlib, math, multiprocessing, os, resource, sys, tempfile, time
+import argparse, concurrent.futures, contextlib, importlib, math
+import multiprocessing, os, resource, sys, tempfile, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,11 +59,13 @@ def least_seconds(work: Callable, repeats: int) -> float:
         found.append(time.process_time() - started)
     return min(found)
 
+# %% ../../nbs/studies/06_bench.ipynb #25a38f58
 def matrix_rate(size: int = 1024, repeats: int = 4) -> float:
     "FLOP per second of float32 products of square matrices."
     one, other = torch.randn(2, size, size, generator=generator(0, "rate"))
     return 2 * size**3 / least_seconds(lambda: one @ other, repeats)
 
+# %% ../../nbs/studies/06_bench.ipynb #ceb1c072
 def memory_rate(rows: int = 2**18, repeats: int = 4) -> float:
     "Bytes per second at which a float32 matrix (rows,256) is read for one product with a vector."
     matrix, vector = torch.ones(rows, 256), torch.ones(256)
@@ -73,6 +76,7 @@ class Everywhere(contextlib.nullcontext):
     "Instead of the module by module account, which wants a gradient where a method takes none."
     parents = ("Global",)
 
+# %% ../../nbs/studies/06_bench.ipynb #aae58e16
 def count_flop(work: Callable) -> int:
     "Floating point operations of all matrix products in a call."
     counter = FlopCounterMode(display=False)
@@ -88,6 +92,7 @@ class Job:
     bytes: int = 0
     training: bool = False
 
+# %% ../../nbs/studies/06_bench.ipynb #b4ddc8f2
 @dataclass(frozen=True)
 class Row:
     "One measurement: its part, its case, its sizes (such as Q, N, T), and how many tries."
@@ -108,6 +113,7 @@ def peak_bytes() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+# %% ../../nbs/studies/06_bench.ipynb #595bdde1
 def measured(job: Job, repeats: int) -> dict[str, float]:
     "CPU `seconds`, `flop`, `bytes`, `floor` in seconds, `ratio` and `GiB` above its inputs of a job."
     held = peak_bytes()
@@ -125,6 +131,7 @@ def measured(job: Job, repeats: int) -> dict[str, float]:
 COLOURS = ("red", "navy blue", "darker", "light grey", "pink", "of the same colour")
 SHAPES = ("longer sleeves", "no collar", "a floral print on the front", "thin straps", "buttons", "a v-neck")
 
+# %% ../../nbs/studies/06_bench.ipynb #edb78136
 def toy_triplet(i: int, members: list[int], category: str) -> Triplet:
     "A query of reference and target, the first two of six images, with two captions."
     names = [str(member) for member in members]
@@ -132,6 +139,7 @@ def toy_triplet(i: int, members: list[int], category: str) -> Triplet:
     return Triplet(names[0], names[1], captions, category, subset=tuple(names), pair_id=str(i),
                    positives=frozenset(names[1:2]))
 
+# %% ../../nbs/studies/06_bench.ipynb #e7469352
 def toy_dataset(name: str, queries: int, images: int, category: str = "shirt") -> CIRDataset:
     "A split of so many queries and images, called 0, 1, ..., in the form of a data set."
     random = np.random.default_rng(0)
@@ -146,6 +154,7 @@ class Rows:
 
     def __getitem__(self, ids: list[str]) -> Tensor: return self.values[[int(name) for name in ids]]
 
+# %% ../../nbs/studies/06_bench.ipynb #5be27bc2
 class GivenEncoder(nn.Module):
     "An encoder that has nothing to do: every picture has the tokens (T,D) it was given."
     tokenizer, longest, device = None, 32, torch.device("cpu")
@@ -159,7 +168,7 @@ class GivenEncoder(nn.Module):
 
 # %% ../../nbs/studies/06_bench.ipynb #ec435676
 class Given(Method):
-    "A method whose features are given: an image's tokens are its embeddings, a query is the reference's first."
+    "A method whose features are given: tokens are embeddings, a query is the reference's first."
     def __init__(self, tokens: Tensor):
         super().__init__(GivenEncoder(tokens))
         self.somewhere = nn.Parameter(torch.zeros(()))  # a method has a device
@@ -167,6 +176,7 @@ class Given(Method):
     def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor: return reference[:, 0]
     def encode_target(self, tokens: Tensor) -> Tensor: return tokens
 
+# %% ../../nbs/studies/06_bench.ipynb #4ae88725
 def features(images: int, tokens: int, dimension: int = 256) -> Tensor:
     "Random unit embeddings (N,T,D)."
     drawn = torch.randn(images, tokens, dimension, generator=generator(0, "features", images, tokens))
@@ -176,11 +186,13 @@ def features(images: int, tokens: int, dimension: int = 256) -> Tensor:
 QFORMER = dict(vocab_size=30523, use_qformer_text_input=True)  # BERT-base, the library's default, and a word
 VIT_L = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, image_size=224, patch_size=14)
 TOWERS: dict[str, Callable] = {
-    "vit_g": lambda layers=39: Blip2Config(qformer_config=QFORMER, vision_config={"num_hidden_layers": layers}),
+    "vit_g": lambda layers=39: Blip2Config(qformer_config=QFORMER,
+                                           vision_config={"num_hidden_layers": layers}),
     "vit_l": lambda layers=23: ClipBlip2Config(qformer_config=QFORMER,
                                                vision_config=VIT_L | {"num_hidden_layers": layers}),
 }
 
+# %% ../../nbs/studies/06_bench.ipynb #0decfdc6
 def random_weight(name: str, value: Tensor, dtype: torch.dtype, random: torch.Generator) -> Tensor:
     "A weight of a tensor's shape: norms as they start, the rest drawn."
     weight = torch.empty(value.shape, dtype=dtype)
@@ -188,7 +200,8 @@ def random_weight(name: str, value: Tensor, dtype: torch.dtype, random: torch.Ge
     return weight.normal_(0, 0.02, generator=random)
 
 # %% ../../nbs/studies/06_bench.ipynb #40872b14
-def random_encoder(tower: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16) -> Blip2Encoder:
+def random_encoder(tower: str, layers: int | None = None,
+                   dtype: torch.dtype = torch.bfloat16) -> Blip2Encoder:
     """BLIP-2 at full size with random weights, in evaluation mode: the tower in `dtype`, the rest in float32,
     each tensor made once. With `layers` the tower has so many: for what only looks at tokens."""
     model = blank_model(TOWERS[tower]() if layers is None else TOWERS[tower](layers))
@@ -214,6 +227,7 @@ def from_files(encoder: Blip2Encoder, count: int) -> Job:
 
     return Job(work)
 
+# %% ../../nbs/studies/06_bench.ipynb #78e1d5ef
 def encoding(case: str, B: int) -> Job:
     "Pictures to tokens."
     small = load_encoder("mini", device="cpu")
@@ -223,8 +237,10 @@ def encoding(case: str, B: int) -> Job:
     return Job(lambda: encoder.image_tokens(pixels))
 
 # %% ../../nbs/studies/06_bench.ipynb #135a200a
-STEPS = {name: {"method": name} for name in METHODS} | {"dqe_cir, paper": {"method": "dqe_cir", "recipe": "paper"}}
+STEPS = {name: {"method": name} for name in METHODS}
+STEPS["dqe_cir, paper"] = {"method": "dqe_cir", "recipe": "paper"}
 
+# %% ../../nbs/studies/06_bench.ipynb #e30748cc
 class FromPixels:
     "Stands in for cached tokens: they are computed each time they are asked for."
     def __init__(self, encoder: Blip2Encoder, pixels: Tensor): self.encoder, self.pixels = encoder, pixels
@@ -232,6 +248,7 @@ class FromPixels:
     def __getitem__(self, ids: list[str]) -> Tensor:
         return self.encoder.image_tokens(self.pixels[[int(name) for name in ids]])
 
+# %% ../../nbs/studies/06_bench.ipynb #b0e54f5d
 def step_of(method: Method, config, data: TrainingSet) -> Job:
     "One epoch of one batch."
     stepper, bar = Stepper(method.train(), 1e-4), tqdm(disable=True)
@@ -257,6 +274,7 @@ def step(case: str, B: int) -> Job:
 # %% ../../nbs/studies/06_bench.ipynb #6ec74347
 SAMPLERS = {"TRNS": lambda: MidZone("quantile", 0.005, 0.03, 0.25), "QuRe's rule": ScoreDropBand}
 
+# %% ../../nbs/studies/06_bench.ipynb #35cdc946
 def mining(case: str, Q: int, N: int, T: int) -> Job:
     "A refresh of Q queries and N candidates, features given."
     dataset, given, sampler = toy_dataset("cirr", Q, N), features(N, T), SAMPLERS[case]()
@@ -283,6 +301,7 @@ class Nowhere(dict):
     "Files of images called 0, 1, ..., none of which is there."
     def __init__(self, count: int): super().__init__(dict.fromkeys(map(str, range(count)), Path("nowhere")))
 
+# %% ../../nbs/studies/06_bench.ipynb #59d22d49
 def search(case: str, N: int, T: int, D: int = 256) -> Job:
     "The ten best of N images for one query through a retriever, or for 32 at once."
     given = features(N, T, D)
@@ -301,11 +320,13 @@ def search(case: str, N: int, T: int, D: int = 256) -> Job:
 PARTS: dict[str, Callable[..., Job]] = {
     "encoding": encoding, "step": step, "refresh": mining, "evaluation": evaluation, "search": search}
 
+# %% ../../nbs/studies/06_bench.ipynb #910bb9ca
 def free_bytes() -> float:
     "Memory that nobody uses; infinite where the system does not say."
     try: return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError): return math.inf
 
+# %% ../../nbs/studies/06_bench.ipynb #486bff37
 def refresh_rows() -> list[Row]:
     "Growth with Q, N and T from 400 x 4000 x 32, and a block of CIRR's size."
     sizes = [(100, 4000, 32), (200, 4000, 32), (400, 1000, 32), (400, 2000, 32), (400, 4000, 8),
@@ -321,6 +342,7 @@ def search_rows() -> list[Row]:
     many = [Row("search", "32 at once", dict(N=n, T=1), 3) for n in (10**4, 10**5)]
     return [row for row in one + many if 3 * 1024 * row.sizes["N"] * row.sizes["T"] < free_bytes()]
 
+# %% ../../nbs/studies/06_bench.ipynb #086a378d
 def step_rows() -> list[Row]:
     "Every method on cached tokens, two with pictures in, growth with the batch, and the full size."
     rows = [Row("step", "info_nce", dict(B=count)) for count in (16, 32)]
@@ -337,12 +359,14 @@ def evaluation_rows() -> list[Row]:
              for case, (q, n) in real.items()]
     return [*rows, Row("evaluation", "mini", dict(Q=200, N=400), 3)]
 
+# %% ../../nbs/studies/06_bench.ipynb #8ec2f91f
 def full_plan() -> list[Row]:
     "Every row of the record."
     towers = [Row("encoding", "mini", dict(B=32)), Row("encoding", "mini, from files", dict(B=32), 3),
               Row("encoding", "vit_l", dict(B=2), 2)]
     return towers + step_rows() + refresh_rows() + evaluation_rows() + search_rows()
 
+# %% ../../nbs/studies/06_bench.ipynb #baec86dd
 def quick_plan() -> list[Row]:
     "One or two tiny rows of each part."
     return [Row("encoding", "mini", dict(B=2), 1), Row("step", "info_nce", dict(B=4), 1),
@@ -357,8 +381,10 @@ def in_process(part: str, case: str, sizes: dict[str, int], repeats: int) -> dic
     torch.manual_seed(0)  # for dropout; this process does nothing else
     return dict(part=part, case=case, sizes=sizes) | measured(PARTS[part](case, **sizes), repeats)
 
+# %% ../../nbs/studies/06_bench.ipynb #e02080c1
 MODULE = "dqe_cir.studies.bench"
 
+# %% ../../nbs/studies/06_bench.ipynb #c27c6adc
 def measure(plan: list[Row], progress: bool = True) -> list[dict]:
     "Every row of a plan, each in a fresh process; `RuntimeError` names one whose process was ended."
     context, found = multiprocessing.get_context("forkserver"), []
@@ -380,6 +406,7 @@ def slope(points: list[tuple[float, float]]) -> float:
     x, y = x - x.mean(), y - y.mean()
     return ((x * y).sum() / (x * x).sum()).item()
 
+# %% ../../nbs/studies/06_bench.ipynb #e0abf9e3
 def growth(rows: list[dict]) -> list[dict]:
     "Of measured rows that differ in one size alone, three or more: the exponent of their seconds."
     found = {}
@@ -393,13 +420,16 @@ def growth(rows: list[dict]) -> list[dict]:
 # %% ../../nbs/studies/06_bench.ipynb #4a646f8c
 def bench_record(rows: list[dict], command: str, load: tuple[float, float]) -> dict:
     "Rows and growth with all that surrounds them; `load` is how many processes ran at begin and end."
-    about = dict(command=command, unit="CPU seconds of one thread, the least of several tries; FLOP of products; "
-                 "floor in seconds at the measured rates; GiB above the inputs")
+    unit = ("CPU seconds of one thread, the least of several tries; FLOP of products; "
+            "floor in seconds at the measured rates; GiB above the inputs")
+    about = dict(command=command, unit=unit)
     busy = dict(cores=os.cpu_count(), load=[round(number, 1) for number in load])
     return about | dict(rows=rows, growth=growth(rows), environment=environment() | busy)
 
+# %% ../../nbs/studies/06_bench.ipynb #f8567db0
 SHORT = 0.002  # seconds under which a row is noise
 
+# %% ../../nbs/studies/06_bench.ipynb #ab37edbb
 def worse(now: list[dict], then: list[dict], tolerance: float = 0.3) -> list[str]:
     "A line for each row whose ratio grew by more than the tolerance; `ValueError` if no row is in both."
     def name(row): return Row(row["part"], row["case"], row["sizes"]).name
@@ -412,7 +442,8 @@ def worse(now: list[dict], then: list[dict], tolerance: float = 0.3) -> list[str
 # %% ../../nbs/studies/06_bench.ipynb #554d8a3c
 def read_bench(path: Path | str | None = None) -> dict:
     "A record that `bench` wrote, by default the committed one; `DataError` for another file."
-    path, remedy = Path(path or at_home("data/results/bench.json")), "make it: make bench ARGS=\"--record FILE\""
+    remedy = "make it: make bench ARGS=\"--record FILE\""
+    path = Path(path or at_home("data/results/bench.json"))
     record = read_json(path, remedy, dict)
     whole = {"part", "case", "sizes", "ratio", "seconds"}
     rows = record.get("rows")
@@ -429,8 +460,10 @@ def bench_table(rows: list[dict]) -> Markdown:
         cells[name] = {"CPU s": f"{row['seconds']:.4f}", "GFLOP": f"{row['flop'] / 1e9:.2f}",
                        "floor s": f"{row['floor']:.4f}", "x its floor": f"{row['ratio']:.2f}",
                        "GiB": f"{row['GiB']:.2f}"}
-    return text_table(cells, ["CPU s", "GFLOP", "floor s", "x its floor", "GiB"], "one thread, least of some tries")
+    columns = ["CPU s", "GFLOP", "floor s", "x its floor", "GiB"]
+    return text_table(cells, columns, "one thread, least of some tries")
 
+# %% ../../nbs/studies/06_bench.ipynb #ab9289ca
 def ratio_figure(rows: list[dict]):
     "How many times its floor each row takes, on a logarithmic axis."
     names = [Row(row["part"], row["case"], row["sizes"]).name for row in rows]
@@ -444,6 +477,7 @@ def load_now() -> float:
     "How many processes wanted a core in the last minute."
     return os.getloadavg()[0]
 
+# %% ../../nbs/studies/06_bench.ipynb #38187ca2
 def bench(arguments: argparse.Namespace) -> int:
     "Measure; write and compare if asked to. 1 if a row became worse."
     plan = quick_plan() if arguments.quick else full_plan()

@@ -40,7 +40,7 @@ from ..trainer.step import Stepper, mean_terms
 # %% ../../nbs/studies/07_bench_gpu.ipynb #bbc2d25f
 @dataclass
 class Work:
-    "FLOP of one picture, training query, query and candidate; bytes of one picture's tokens; weights trained."
+    "FLOP of one picture, training query, query and candidate; bytes of a picture's tokens; weights trained."
     picture: float
     step: float
     query: float
@@ -49,12 +49,14 @@ class Work:
     kept_bytes: int  # what autograd keeps of one training query, in float32
     trained: int
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #5c796091
 def config_of(encoder: str, **values) -> TrainConfig:
     "A run of `dqe_cir` on FashionIQ as its paper has it."
     named = encoder if encoder == "mini" else "full size, random"
     fixed = dict(method="dqe_cir", recipe="paper", dataset="fashioniq", encoder=named, device="cpu")
     return train_config(fixed | values)
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #598c2ab8
 def encoder_of(name: str, layers: int | None = None) -> Blip2Encoder:
     "The small encoder, or one of full size with random weights."
     return load_encoder("mini", device="cpu") if name == "mini" else random_encoder(name, layers)
@@ -67,6 +69,7 @@ def random_batch(encoder: Blip2Encoder, count: int) -> Batch:
     texts = [" and ".join(toy_triplet(i, range(6), "shirt").captions) for i in range(count)]
     return Batch(drawn(count), texts, drawn(count), torch.arange(count), drawn(count, 1), progress=0.5)
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #357c73ce
 def kept_bytes(work: Callable) -> int:
     "Bytes that autograd keeps for the backward pass of what a function returns."
     kept = {}
@@ -89,6 +92,7 @@ def picture_flop(name: str) -> float:
     one, two = (through(random_encoder(name, layers, torch.float32)) for layers in (1, 2))
     return one + (tower_layers(name) - 1) * (two - one)
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #80a48c01
 def tower_layers(name: str) -> int:
     "How many layers a tower of full size has."
     return TOWERS[name]().vision_config.num_hidden_layers
@@ -114,11 +118,13 @@ def work_of(name: str, count: int = 2) -> Work:
 CARD = {"name": "an H100-class card, assumed", "bfloat16": 790e12, "float32": 50e12, "share": 0.4,
         "pinned bytes a second": 25e9, "pictures a second": 3000.0}  # decoded by 16 cores
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #ede9b46c
 def now(device: torch.device) -> float:
     "The time, once the device has done what it was asked for."
     if device.type == "cuda": torch.cuda.synchronize(device)
     return time.perf_counter()
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #ae45a445
 def device_rate(device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 5) -> float:
     "FLOP per second of products of square matrices on a device, the best of some tries."
     one = torch.randn(size, size, device=device).to(dtype)
@@ -141,6 +147,7 @@ class Run:
     epochs: int = 30
     refreshes: int = 5
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #a5bbab8f
 def fashioniq_run(epochs: int = 30) -> Run:
     "FashionIQ at real size."
     spec = SPECS["fashioniq"]
@@ -162,6 +169,7 @@ def projected_phases(work: Work, run: Run, card: dict = CARD) -> dict[str, float
               "evaluations": run.epochs * looks / full}
     return {name: round(seconds, 1) for name, seconds in phases.items()}
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #5432dbbb
 def projected_steps(work: Work, batch: int, card: dict = CARD) -> dict[str, float]:
     "Steps per second and GiB of a training step on a card, tokens in pinned memory, the tower aside."
     seconds = batch * max(work.step / card["share"] / card["bfloat16"],
@@ -179,6 +187,7 @@ class Pinned(Rows):
     def __getitem__(self, ids: list[str]) -> torch.Tensor:
         return handed(super().__getitem__(ids), self.device).float()
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #9a3dfc65
 def peak(device: torch.device) -> float | None:
     "GiB that tensors have held at most on a CUDA device; None elsewhere."
     return round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
@@ -207,6 +216,7 @@ def write_picture(path: Path, base: Image.Image, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     base.save(path, quality=85, comment=str(number).encode())
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #93537cd4
 def write_category(root: Path, split: str, category: str, queries: int, images: int,
                    bases: list[Image.Image]) -> None:
     "Pictures, their list and the queries of one category and split, in FashionIQ's layout."
@@ -232,6 +242,7 @@ def write_sample(root: Path, share: float) -> Path:
             write_category(root, split, category, most[1], most[0], bases)
     return root
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #f3332108
 def method_on(name: str, config: TrainConfig, device: torch.device) -> Method:
     "The method of a run on an encoder that may have random weights."
     method = METHODS[config.method].from_config(encoder_of(name), config).to(device)
@@ -273,25 +284,29 @@ def rehearse(name: str, folder: Path, device: torch.device, share: float = 1.0, 
 # %% ../../nbs/studies/07_bench_gpu.ipynb #1809746f
 BATCHES = (32, 128)
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #24ed21bb
 def shown_run(phases: dict[str, float]) -> dict:
     "Phases in seconds, and their sum in minutes."
     return {"seconds": phases, "minutes": round(sum(phases.values()) / 60, 1)}
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #c8901ddd
 def projection(names: tuple[str, ...] = ("mini", "vit_l", "vit_g"), card: dict = CARD) -> dict:
     "Work, steps and the whole run of some encoders, on a card that is not here."
     towers = {}
     for name in names:
         work = work_of(name)
-        towers[name] = {"work": vars(work), "steps": [projected_steps(work, batch, card) for batch in BATCHES],
-                        "run": shown_run(projected_phases(work, fashioniq_run(), card))}
+        paces = [projected_steps(work, batch, card) for batch in BATCHES]
+        whole = shown_run(projected_phases(work, fashioniq_run(), card))
+        towers[name] = {"work": vars(work), "steps": paces, "run": whole}
     return {"projected": True, "card": card, "towers": towers}
 
 # %% ../../nbs/studies/07_bench_gpu.ipynb #cb87a557
 def thirty(told: dict[str, float]) -> dict[str, float]:
-    "Seconds of thirty epochs with five refreshes from a rehearsal of two with one; what it wrote is left out."
+    "Seconds of thirty epochs with five refreshes from a rehearsal of two with one, without writing."
     times = {"loading": 1, "encoding": 1, "steps": 15, "refreshes": 5, "evaluations": 15}
     return {phase: round(count * told[phase], 1) for phase, count in times.items()}
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #3592aff6
 def measurement(names: tuple[str, ...], device: torch.device, share: float = 1.0, steps: int = 20,
                 size: int = 8192, batches: tuple[int, ...] = BATCHES) -> dict:
     "The same, measured on a device."
@@ -315,16 +330,19 @@ def bench_gpu(arguments: argparse.Namespace) -> int:
     if torch.cuda.is_available(): found = measurement(names, torch.device("cuda"), arguments.share)
     else: found = projection(names)
     print(run_table(found).data)
-    about = {"command": "make bench-gpu", "what": "dqe_cir on FashionIQ at real size, random weights, synthetic "
-             "pictures; says nothing about retrieval"}
+    what = ("dqe_cir on FashionIQ at real size, random weights, synthetic pictures; "
+            "says nothing about retrieval")
+    about = {"command": "make bench-gpu", "what": what}
     if arguments.record: write_json(arguments.record, about | found | {"environment": environment()})
     return 0
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #0dd84717
 def run_table(found: dict) -> Markdown:
     "Steps and the whole run of each encoder; the title says whether it was measured."
     rows = {}
     for name, tower in found["towers"].items():
-        paces = {f"steps/s, batch {pace['batch']}": f"{pace['steps_per_second']:.1f}" for pace in tower["steps"]}
+        paces = {f"steps/s, batch {pace['batch']}": f"{pace['steps_per_second']:.1f}"
+                 for pace in tower["steps"]}
         phases = {phase: f"{seconds:.0f} s" for phase, seconds in tower["run"]["seconds"].items()}
         rows[name] = paces | phases | {"in all": f"{tower['run']['minutes']:.1f} min"}
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
@@ -349,6 +367,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     for command in (one, other): command.add_argument("--record", help="write the figures into this file")
     return parser.parse_args(arguments)
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #7ae37b9c
 def main(arguments: list[str] | None = None) -> int:
     "`python -m dqe_cir.studies bench` or `bench-gpu`."
     chosen = parsed(arguments)

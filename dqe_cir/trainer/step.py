@@ -83,7 +83,7 @@ class Stepper:
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.dtype = autocast_dtype(precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        self.stopped = torch.zeros((), device=self.device)  # 1 once a step was not sound that nobody waits for
+        self.stopped = torch.zeros((), device=self.device)  # 1 once a step was not sound
 
     def set_rate(self, factor: float) -> None:
         "Set every group's learning rate to this share of its peak."
