@@ -193,9 +193,9 @@ def peak(device: torch.device) -> float | None:
     return round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
 
 # %% ../../nbs/studies/07_bench_gpu.ipynb #459d4951
-def timed_steps(name: str, work: Work, device: torch.device, batch: int, steps: int, rate: float,
-                full: bool = True) -> dict:
-    "Steps per second, MFU and memory of training steps on a device; `full`: towers with all their layers."
+def timed_steps(name: str, work: Work, device: torch.device, batch: int, steps: int,
+                rate: float) -> dict:
+    "Steps per second, MFU and memory of training steps on cached tokens, which no tower is needed for."
     config = config_of(name, batch_size=batch)
     encoder = encoder_of(name, layers=1)
     method = METHODS[config.method].from_config(encoder, config).to(device).train()
