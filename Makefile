@@ -20,7 +20,7 @@ export NPM_CONFIG_CACHE := $(CURDIR)/.cache/npm
 export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train evaluate pretrain evidence leaderboard test test-faults test-stores test-browser browser lab app docs wheel clean constraints FORCE
+.PHONY: help train evaluate pretrain evidence leaderboard bench bench-gpu test test-faults test-stores test-browser browser lab app docs wheel clean constraints FORCE
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -43,6 +43,13 @@ evidence leaderboard: $(INSTALLED)
 	@$(BIN)/python -m dqe_cir.terminal $(firstword $(REPEAT)) runs/$@.ipynb $(wordlist 2,9,$(REPEAT)) -p study runs/again -p seeds 0,1,2,3,4 \
 		-p rates data/results/learning_rates.json -p against data/results/$@.json $(ARGS)
 	@echo "every row agrees with data/results/$@.json"
+
+# One thread for each row: what one core does can be compared with what one core can do.
+bench: $(INSTALLED) ## measure every part beside what it must take: make bench ARGS="--part search"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m dqe_cir.studies bench $(ARGS)
+
+bench-gpu: $(INSTALLED) ## steps and a whole run at real size on a GPU; without one projected from counted work
+	@$(BIN)/python -m dqe_cir.studies bench-gpu $(ARGS)
 
 test: $(INSTALLED) ## run every notebook and every test
 	@$(BIN)/python tests/run.py

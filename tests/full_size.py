@@ -12,37 +12,19 @@ import sys
 import time
 
 import torch
-from transformers import Blip2Config
 
 from helpers import ROOT
 
-from dqe_cir.encoder.checkpoints import ClipBlip2Config, blank_model
 from dqe_cir.core import environment, generator, write_json
-from dqe_cir.encoder import Blip2Encoder, load_encoder
 from dqe_cir.methods import Batch
 from dqe_cir.methods.base import parameter_groups
 from dqe_cir.methods.info_nce import InfoNCE
+from dqe_cir.studies.bench import TOWERS, random_encoder
 
-QFORMER = dict(vocab_size=30523, use_qformer_text_input=True)  # BERT-base, which is the library's default, and one more word
-TOWERS = {"vit_g": lambda: Blip2Config(qformer_config=QFORMER),
-          "vit_l": lambda: ClipBlip2Config(qformer_config=QFORMER, vision_config=dict(
-              hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, image_size=224, patch_size=14))}
 TEXTS = ["is red and has longer sleeves", "is blue with a collar"]
 
 
 def peak(): return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2)  # Linux counts in KiB
-
-
-def random_encoder(tower):
-    "Tower in bfloat16, the rest in float32, each tensor made once in its final precision."
-    model, random, weights = blank_model(TOWERS[tower]()), generator(0, tower), {}
-    for name, value in model.state_dict().items():
-        frozen = name.startswith("vision_model.") and "post_layernorm" not in name
-        weight = torch.empty(value.shape, dtype=torch.bfloat16 if frozen else torch.float32)
-        is_norm = "norm" in name.lower() or "layrnorm" in name
-        weights[name] = weight.fill_(float(name.endswith("weight"))) if is_norm else weight.normal_(0, 0.02, generator=random)
-    model.load_state_dict(weights, assign=True)
-    return Blip2Encoder(model, load_encoder("mini", device="cpu").tokenizer, 0.07)
 
 
 def timed(work):

@@ -1,17 +1,18 @@
-"Full-size training steps on a GPU. Without one: the same script on the small encoder, and the record if there is one."
-import json
+"Full-size training steps on a GPU. Without one: the same steps on the small encoder."
 import math
 import statistics
 
 import numpy as np
 import pytest
 import torch
-from full_size import ROOT, TOWERS, random_encoder
-from gpu import STEPS, measure, training
+from full_size import TOWERS, random_encoder
+from gpu import STEPS, fixed_batch, measure, training
 
 from dqe_cir.encoder import TokenCache, load_encoder
+from dqe_cir.trainer import build_method, train_config
+from dqe_cir.trainer.step import Stepper, plain_terms, training_step
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; `python tests/gpu.py` measures one and writes data/results/gpu.json")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; `make test` on a machine that has one runs this")
 
 
 def check(figures, on_gpu=True):
@@ -43,12 +44,15 @@ def test_every_place_hands_out_the_same_bits_on_a_gpu(budget):
             assert torch.equal(cache[batch].cpu(), torch.from_numpy(stored[[cache.row[name] for name in batch]]).float())
 
 
-def test_record():
-    path = ROOT / "data" / "results" / "gpu.json"
-    if not path.exists(): pytest.skip("not run: data/results/gpu.json is written by `python tests/gpu.py` on a machine with a GPU")
-    record = json.loads(path.read_text())
-    assert record["command"] == "python tests/gpu.py" and record["device"] and {"torch", "commit", "time"} <= set(record["environment"])
-    for tower in TOWERS: check(record["towers"][tower])
+def test_a_step_on_a_gpu_waits_for_nothing():
+    "PyTorch itself raises where the program would wait for the device."
+    method = build_method(train_config({"method": "dqe_cir", "recipe": "paper", "device": "cuda"})).train()
+    stepper, batch = Stepper(method, 1e-4), fixed_batch(method.encoder, "dqe_cir", 4)
+    for _ in range(2): training_step(method, [(batch, 1.0)], stepper)
+    torch.cuda.set_sync_debug_mode("error")
+    try: terms = training_step(method, [(batch, 1.0)], stepper)
+    finally: torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(plain_terms(terms)["total"])
 
 
 def small(): return load_encoder("mini", device="cpu")

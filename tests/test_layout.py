@@ -32,7 +32,7 @@ ALLOWED = {
     "methods": {"files", "core", "retrieval", "losses", "attributes", "vocabulary", "readings", "data", "encoder"},
     "evaluator": {"files", "core", "retrieval", "metrics", "data", "methods", "show"},
     "trainer": {"files", "core", "terminal", "retrieval", "attributes", "vocabulary", "sampler", "data", "encoder", "methods", "evaluator"},
-    "studies": {"files", "core", "terminal", "sampler", "data", "encoder", "methods", "evaluator", "trainer", "show"},
+    "studies": {"files", "core", "terminal", "retrieval", "sampler", "data", "encoder", "methods", "evaluator", "trainer", "show", "retriever"},
     "retriever": {"files", "core", "terminal", "retrieval", "attributes", "readings", "data", "encoder", "methods", "evaluator", "trainer", "show"},
 }
 

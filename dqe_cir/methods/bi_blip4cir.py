@@ -67,7 +67,7 @@ class BiBLIP4CIR(Method, LearnedTemperature, TwoStages):
 
     @property
     def weights(self) -> dict[str, float]:
-        return {"backward": self.backward[int(self.stage) - 1]}
+        return {"backward": self.backward[self.now - 1]}
 
 # %% ../../nbs/methods/45_bi_blip4cir.ipynb #0b47460b
 @patch
@@ -90,7 +90,7 @@ def text_vector(self: BiBLIP4CIR, texts: list[str], way: int) -> Tensor:
 @patch
 def compose(self: BiBLIP4CIR, image: Tensor, text: Tensor) -> Tensor:
     "Images and texts (...,D), broadcast against each other, to unit queries (...,D)."
-    return self.combine(text, image) if self.stage == 2 else F.normalize(image + text, dim=-1)
+    return self.combine(text, image) if self.now == 2 else F.normalize(image + text, dim=-1)
 
 # %% ../../nbs/methods/45_bi_blip4cir.ipynb #fe53336b
 @patch
@@ -109,7 +109,7 @@ def way_back(self: BiBLIP4CIR, batch: Batch) -> Tensor:
     "Queries (B,B,D) of all pairs of the other draw of text i, read backward, and target j."
     text = self.text_vector(batch.again or batch.texts, 1)
     image = self.image_vector(batch.target)  # as it comes in stage two
-    if self.stage == 1: image = F.normalize(image, dim=-1)
+    if self.now == 1: image = F.normalize(image, dim=-1)
     return self.compose(image.unsqueeze(0), text.unsqueeze(1))
 
 @patch

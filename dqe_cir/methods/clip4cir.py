@@ -58,7 +58,7 @@ def encode_target(self: CLIP4Cir, tokens: Tensor) -> Tensor:
 def encode_query(self: CLIP4Cir, reference: Tensor, texts: list[str]) -> Tensor:
     "(B,P,W) and B texts to unit queries (B,D), in the way of the stage."
     with self.reading(): image, text = self.image_vector(reference), self.text_vector(texts)
-    return self.combine(text, image) if self.stage == 2 else F.normalize(image + text, dim=-1)
+    return self.combine(text, image) if self.now == 2 else F.normalize(image + text, dim=-1)
 
 # %% ../../nbs/methods/40_clip4cir.ipynb #6df1d34e
 @patch

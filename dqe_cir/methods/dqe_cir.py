@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..attributes import AttributeWeights, ComposedQuery, check_forms
 from ..attributes import own_words, speaks_of
+from ..core import handed
 from ..data.datasets import SPECS
 from ..encoder.blip2 import Blip2Encoder
 from ..losses import info_nce, margin, pairwise_kl, products
@@ -206,7 +207,7 @@ def pair_terms(
     terms = {"preference": pairwise_kl(better / tau, worse / tau, self.smoothing)}
     terms["ranking"] = margin(better, worse, RANK_MARGIN)
     for a, name in enumerate(self.compose.attributes):
-        part, active = composed.parts[:, a], speaks_of(texts, name).to(better.device)
+        part, active = composed.parts[:, a], handed(speaks_of(texts, name), better.device)
         wrong = negative[:, a - count].unsqueeze(1) if self.own else negative
         terms[name] = margin(own_score(part, target), own_score(part, wrong), self.margins[name], active)
     return terms

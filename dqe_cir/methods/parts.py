@@ -103,12 +103,21 @@ class TwoStages:
 
     def enter_stage(self, progress: float) -> None:
         "Stage 1 before the share `stages[0]` of the training, else stage 2, with an encoder that rests."
-        self.stage.fill_(1 if progress < self.stages[0] else 2)
-        self.encoder.train(self.training and bool(self.stage == 1))
+        due = 1 if progress < self.stages[0] else 2
+        if self.now != due: self.stage.fill_(due)
+        self.encoder.train(self.training and self.now == 1)
 
     def reading(self):
         "A context in which the encoder gets its gradient in stage one, and none in stage two."
-        return torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.stage == 1))
+        return torch.set_grad_enabled(torch.is_grad_enabled() and self.now == 1)
+
+    @property
+    def now(self) -> int:
+        "The stage as a plain number; the device is asked only after the buffer was written to or moved."
+        seen, version, stage = getattr(self, "_known", (None, None, 0))
+        if seen is self.stage and version == self.stage._version: return stage
+        self._known = self.stage, self.stage._version, int(self.stage)
+        return self._known[2]
 
 # %% ../../nbs/methods/05_parts.ipynb #b6ba6467
 class Combiner(nn.Module):

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['learning_rate_factor', 'stage_factor', 'checkpoint_layers', 'autocast_dtype', 'quick_products', 'product_error',
-           'Stepper', 'mean_terms', 'clipped_together', 'odd_gradient', 'training_step']
+           'Stepper', 'mean_terms', 'clipped_together', 'odd_gradient', 'looked_at', 'training_step', 'plain_terms']
 
 # %% ../../nbs/trainer/04_step.ipynb #b78664d3
 import contextlib, math
 from functools import partial
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -71,15 +72,19 @@ def product_error(size: int = 256) -> float:
 
 # %% ../../nbs/trainer/04_step.ipynb #a9be940c
 class Stepper:
-    "AdamW over a method's parameter groups, the precision and its loss scale, and who shares the batches."
+    """AdamW over a method's parameter groups, the precision and its loss scale, and who shares the batches.
+    `waits`: does a step wait for its own figures before it moves anything? None: except on CUDA."""
 
     def __init__(self, method: Method, lr: float, weight_decay: float = 0.05, head_rate: float = 1.0,
-                 precision: str = "auto", processes: Processes = ALONE):
+                 precision: str = "auto", processes: Processes = ALONE, waits: bool | None = None):
         self.device, self.processes = next(method.parameters()).device, processes
-        self.optimizer = torch.optim.AdamW(parameter_groups(method, lr, weight_decay, head=head_rate))
+        self.waits = self.device.type != "cuda" if waits is None else waits
+        groups = parameter_groups(method, lr, weight_decay, head=head_rate)
+        self.optimizer = torch.optim.AdamW(groups, fused=None if self.waits else True)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.dtype = autocast_dtype(precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        self.stopped = torch.zeros((), device=self.device)  # 1 once a step was not sound
 
     def set_rate(self, factor: float) -> None:
         "Set every group's learning rate to this share of its peak."
@@ -106,26 +111,55 @@ def odd_gradient(method: nn.Module) -> str:
     named = ((name, parameter.grad) for name, parameter in method.named_parameters())
     return next((name for name, grad in named if grad is not None and not grad.isfinite().all()), "the loss")
 
+# %% ../../nbs/trainer/04_step.ipynb #b9d05fbd
+def looked_at(values: torch.Tensor, terms, texts: list[str]) -> list[float]:
+    "The total and the terms (1+M,) as plain numbers; `FloatingPointError` for a total that is not finite."
+    total, *rest = values.tolist()
+    if math.isfinite(total): return [total, *rest]
+    raise FloatingPointError(f"the loss is {total} ({', '.join(terms)}); lower lr, "
+                             f"or look at the texts {texts[:2]}")
+
+# %% ../../nbs/trainer/04_step.ipynb #22e7c392
+@patch
+def move_if_sound(self: Stepper, terms: dict[str, torch.Tensor],
+                  norms: torch.Tensor) -> dict[str, torch.Tensor]:
+    """One step of AdamW that happens, on the device, only if all loss terms () and gradient norms (G,) have
+    been finite since the beginning; the terms, NaN if not."""
+    sound = torch.stack([*terms.values()]).isfinite().all()
+    if not self.scaler.is_enabled(): sound = sound & norms.isfinite().all()
+    self.stopped = torch.maximum(self.stopped, (~sound).float())
+    self.optimizer.grad_scale, self.optimizer.found_inf = None, self.stopped
+    self.scaler.step(self.optimizer)
+    self.scaler.update()
+    return {name: value.masked_fill(self.stopped > 0, torch.nan) for name, value in terms.items()}
+
 # %% ../../nbs/trainer/04_step.ipynb #9174155b
-def training_step(method: Method, batches, stepper: Stepper) -> dict[str, float]:
+def training_step(method: Method, batches, stepper: Stepper) -> dict[str, float | torch.Tensor]:
     """One optimizer step over pairs of a batch and its share of the step's queries. Returns every loss term
     and their weighted `total` as plain numbers; `FloatingPointError` for a loss or gradient that is not
-    finite: then no weight was moved."""
+    finite: then no weight was moved. Where the stepper does not wait: numbers () on the device, for
+    `plain_terms`."""
     optimizer, scaler, sums = stepper.optimizer, stepper.scaler, {}
     optimizer.zero_grad(set_to_none=True)
     for batch, share in batches:
         total, terms = mean_terms(method, batch, stepper)
-        values = torch.stack([total, *terms.values()]).tolist()  # one wait for the GPU
-        if not math.isfinite(values[0]):
-            raise FloatingPointError(f"the loss is {values[0]} ({', '.join(terms)}); lower lr, "
-                                     f"or look at the texts {batch.texts[:2]}")
+        values = torch.stack([total, *terms.values()]).detach()
+        values = looked_at(values, terms, batch.texts) if stepper.waits else values
         scaler.scale(total * share).backward()
         for name, value in zip(("total", *terms), values): sums[name] = sums.get(name, 0.0) + share * value
     stepper.processes.mean_gradients(method)
     scaler.unscale_(optimizer)
-    norms = [nn.utils.clip_grad_norm_(together, 1.0) for together in clipped_together(optimizer)]
-    if not scaler.is_enabled() and not torch.stack(norms).isfinite().all():
+    norms = torch.stack([nn.utils.clip_grad_norm_(those, 1.0) for those in clipped_together(optimizer)])
+    if not stepper.waits: return stepper.move_if_sound(sums, norms)
+    if not scaler.is_enabled() and not norms.isfinite().all():
         raise FloatingPointError(f"the gradient of {odd_gradient(method)} is not finite: lower lr")
     scaler.step(optimizer)
     scaler.update()
     return sums
+
+# %% ../../nbs/trainer/04_step.ipynb #91b70f29
+def plain_terms(terms: dict[str, float | torch.Tensor]) -> dict[str, float]:
+    "What `training_step` returned, as plain numbers; `FloatingPointError` where no weight was moved."
+    numbers = {name: float(value) for name, value in terms.items()}
+    if math.isfinite(numbers["total"]): return numbers
+    raise FloatingPointError(f"the loss ({', '.join(terms)}) or its gradient is not finite: lower lr")

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig
 
+from ...core import handed
 from ...data.pictures import target_pad
 from ..blip2 import MINI, Blip2Encoder
 from ..checkpoints import LIBRARY_ERRORS, WORD_FILES, check_files, check_folder, finite
@@ -65,7 +66,7 @@ def tokenizer_of(name: str):
 def tokenize(self: NativeEncoder, texts: list[str]) -> tuple[Tensor, Tensor]:
     "Word pieces and their mask, both int64 (B,L), padded to the longest text and cut at `longest` pieces."
     words = self.tokenizer(texts, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
-    return words["input_ids"].to(self.device), words["attention_mask"].to(self.device)
+    return handed(words["input_ids"], self.device), handed(words["attention_mask"], self.device)
 
 # %% ../../../nbs/encoder/native/01_base.ipynb #38436d27
 def pretrained(kind: type, name: str, **options):

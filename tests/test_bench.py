@@ -1,0 +1,90 @@
+"The two benches at tiny size: everything runs, the record is whole, and the guard notices what became worse. Nothing is asserted of time."
+import copy
+import json
+
+import pytest
+import torch
+
+from helpers import ROOT
+
+from dqe_cir.studies import bench, bench_gpu
+
+ABOUT = {"torch", "commit", "time"}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    "The record of `make bench ARGS=--quick`, measured once."
+    path = tmp_path_factory.mktemp("bench") / "bench.json"
+    assert bench_gpu.main(["bench", "--quick", "--record", str(path)]) == 0
+    return path
+
+
+def test_every_part_is_measured(quick):
+    record = json.loads(quick.read_text())
+    assert {row["part"] for row in record["rows"]} == set(bench.PARTS) and record["command"] == "make bench"
+    assert all(row["seconds"] > 0 and row["floor"] > 0 and row["GiB"] >= 0 for row in record["rows"])
+    assert ABOUT | {"cores", "load"} <= set(record["environment"])
+    assert [found["case"] for found in record["growth"]] == ["TRNS"]
+
+
+def changed(path, folder, factor):
+    "The same record with every ratio multiplied, as a file."
+    record = json.loads(path.read_text())
+    for row in record["rows"]: row.update(ratio=row["ratio"] * factor, seconds=1.0)
+    other = folder / f"times {factor}.json"
+    other.write_text(json.dumps(record))
+    return other
+
+
+def test_the_guard_names_what_became_worse(quick, tmp_path, monkeypatch, capsys):
+    rows = json.loads(quick.read_text())["rows"]
+    slow = copy.deepcopy(rows)
+    slow[-1] |= {"ratio": 2 * slow[-1]["ratio"], "seconds": 1.0}
+    monkeypatch.setattr(bench, "measure", lambda plan, progress: slow)
+    assert bench_gpu.main(["bench", "--quick", "--against", str(quick)]) == 1
+    *_, last = capsys.readouterr().out.strip().splitlines()
+    assert last.startswith("worse: search: one at a time, N=100 T=1: ") and "of its floor, was" in last
+    assert bench_gpu.main(["bench", "--quick", "--against", str(quick), "--tolerance", "1.5"]) == 0
+    assert bench_gpu.main(["bench", "--quick", "--against", str(changed(quick, tmp_path, 3))]) == 0
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"rows": [{"part": "step"}]}', "{"])
+def test_another_file_is_no_record(content, tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    assert bench_gpu.main(["bench", "--against", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert "other.json" in said and "--record FILE" in said and said.count("\n") == 1
+
+
+def test_a_row_that_is_too_large_is_named(monkeypatch):
+    "A process that ends is one clear error."
+    row = bench.Row("search", "one at a time", {"N": 100, "T": 1, "D": -1})
+    with pytest.raises((RuntimeError, ValueError)): bench.measure([row], progress=False)
+
+
+def test_projection_of_the_small_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "gpu.json"
+    assert bench_gpu.main(["bench-gpu", "--encoders", "mini", "--record", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["projected"] is True and record["command"] == "make bench-gpu" and ABOUT <= set(record["environment"])
+    assert set(record["towers"]["mini"]["run"]["seconds"]) == {"encoding", "steps", "refreshes", "evaluations"}
+    assert bench_gpu.main(["bench-gpu", "--encoders", "vit_x"]) == 1
+
+
+def test_measurement_on_a_device_at_tiny_size():
+    "What runs where there is a card, here on the CPU."
+    found = bench_gpu.measurement(("mini",), torch.device("cpu"), share=0.0005, steps=2, size=64, batches=(4,))
+    tower = found["towers"]["mini"]
+    assert found["projected"] is False and [pace["batch"] for pace in tower["steps"]] == [4]
+    assert set(tower["run"]["seconds"]) == {"loading", "encoding", "steps", "refreshes", "evaluations"}
+    assert "measured" in bench_gpu.run_table(found).data and "PROJECTED" not in bench_gpu.run_table(found).data
+
+
+def test_committed_records():
+    record = bench.read_bench(ROOT / "data" / "results" / "bench.json")
+    assert {row["part"] for row in record["rows"]} == set(bench.PARTS) and ABOUT <= set(record["environment"])
+    projected = json.loads((ROOT / "data" / "results" / "bench-gpu.json").read_text())
+    assert set(projected["towers"]) == {"mini", "vit_l", "vit_g"} and isinstance(projected["projected"], bool)
