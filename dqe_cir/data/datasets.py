@@ -97,9 +97,9 @@ def check_categories(spec: DatasetSpec, categories: str) -> None:
     raise ValueError(f"categories={categories} is not read with dataset {spec.name}: leave it out ({able} read it)")
 
 def read_split(spec: DatasetSpec, root: Path | str, split: str, categories: str = "") -> CIRDataset:
-    "A split below a root, complete or not; `categories` are names with commas between them, empty: all."
+    "A split below a root, complete or not; of `categories` such as `dress,shirt`; all if empty or `all`."
     check_categories(spec, categories)
-    chosen = tuple(filter(None, map(str.strip, categories.split(","))))
+    chosen = tuple(filter(None, map(str.strip, categories.split(",")))) if categories != "all" else ()
     return spec.load(root, split, chosen) if chosen else spec.load(root, split)
 
 # %% ../../nbs/data/08_datasets.ipynb #47c08f54

@@ -32,6 +32,7 @@ from ..files import DataError, below, owned, parse_json, read_bytes, read_json, 
 from ..files import refused_by_disk, write_json, write_tensors
 from .drawn import DrawnOnDemand
 from .lessons import names_in, seal
+from ..trainer.evaluation_config import in_words, trained_on
 from ..trainer.runs import finished_runs, load_run, runs_folder, trained_state
 
 # %% ../../nbs/retriever/04_index.ipynb #a39aa864
@@ -157,6 +158,13 @@ def load(cls: Retriever, source: str | Path = "", device: str = "auto") -> Retri
     retriever.folder = folder
     if (folder / "index.json").exists(): retriever.take(stored_index(folder))
     return retriever
+
+# %% ../../nbs/retriever/04_index.ipynb #e4ef1c56
+@patch(as_prop=True)
+def trained_on(self: Retriever) -> str:
+    "What the model was trained on, in words."
+    if self.folder: return trained_on(self.folder)
+    return in_words(self.config.dataset, self.record.get("data", ""), self.record.get("title", ""))
 
 # %% ../../nbs/retriever/04_index.ipynb #13262db6
 @patch(as_prop=True)

@@ -251,7 +251,7 @@ def told(self: SearchPage, found: str) -> str:
     retriever, unreadable = self.retriever, self.retriever.unreadable
     metrics = retriever.record.get("metrics", {})
     known = "".join(f", {name} {metrics[name]:.1f}" for name in metrics if name in ("mAP", "R@10"))
-    known = f"{retriever.config.method} trained on {retriever.config.dataset}{known}"
+    known = f"{retriever.config.method} trained on {retriever.trained_on}{known}"
     bad = ""
     if unreadable:
         first, reason = next(iter(unreadable.items()))

@@ -20,7 +20,7 @@ from .drawn import garments_at_once
 from .index import Retriever
 from .lessons import ROWS, TAUGHT, VECTORS, write_lessons
 from ..trainer.config import train_config
-from ..trainer.runs import MADE_FROM, identity, made_from, trained_state
+from ..trainer.runs import CAME_FROM, MADE_FROM, aside, identity, made_from, trained_state
 
 # %% ../../nbs/retriever/07_share.ipynb #b42c8e9c
 MINI_LICENCE = "The small encoder is part of this repository, Apache-2.0."
@@ -37,7 +37,7 @@ def training_command(config) -> str:
     "The papermill line that trains this model again: every parameter that differs from the defaults."
     standard = asdict(train_config({"dataset": config.dataset, "method": config.method}))
     given = {name: value for name, value in asdict(config).items()
-             if value != standard[name] and name not in ("run_dir", "data_root", "device")}
+             if value != standard[name] and name not in ("run_dir", "data_root", "start_from", "device")}
     words = ["papermill nbs/train.ipynb out.ipynb", f"-p dataset {config.dataset} -p method {config.method}"]
     return " ".join(words + [f"-p {name} {shlex.quote(str(value))}" for name, value in given.items()])
 
@@ -69,7 +69,8 @@ def card_rows(retriever: Retriever) -> list[str]:
         f"| method | {config.method}, seed {config.seed}, {config.epochs} epochs |",
         f"| encoder | `{config.encoder}`, image tower frozen |",
         f"| trained by | `{training_command(config)}` |"]
-    made = record.get("environment", {})
+    before, made = retriever.came_from, record.get("environment", {})
+    if before: rows.append(f"| began from | {before['run']}, {before['method']} on {before['title']} |")
     if made:
         rows.append(f"| commit, time | {made.get('commit')}, {made.get('time')}; torch {made.get('torch')}, "
                     f"{record.get('seconds')} s |")
@@ -82,7 +83,7 @@ def card_rows(retriever: Retriever) -> list[str]:
 def model_card(retriever: Retriever) -> str:
     "README.md of an exported model."
     config = retriever.config
-    lines = [f"# {config.method}, trained on {config.dataset}", "", "```", *USAGE.splitlines(), "```", ""]
+    lines = [f"# {config.method}, trained on {retriever.trained_on}", "", "```", *USAGE.splitlines(), "```", ""]
     lines += ["| | |", "|---|---|", *card_rows(retriever)]
     lines += ["", "## Figures", "", *metric_lines(retriever.record)]
     lines += ["", "## Rights", "", *(f"- {note}" for note in licence_notes(config))]
@@ -96,6 +97,11 @@ def fingerprints(self: Retriever) -> dict[str, str]:
     known = made_from(self.folder) if self.folder else {}
     return known | ({"encoder": self.method.stands_on} if self.method.stands_on else {})
 
+@patch(as_prop=True)
+def came_from(self: Retriever) -> dict:
+    "The run whose weights the training went on from, as its `config.json` has it; empty for none."
+    return aside(self.folder, CAME_FROM) if self.folder else {}
+
 # %% ../../nbs/retriever/07_share.ipynb #353fe054
 @patch
 def save(self: Retriever, folder: Path | str) -> Path:
@@ -106,8 +112,9 @@ def save(self: Retriever, folder: Path | str) -> Path:
     lessons = self.lessons  # before its files go
     about = {"method": self.config.method, "encoder": self.config.encoder} | identity(self.config)
     write_tensors(folder / "model.safetensors", trained_state(self.method), about)
-    settings = asdict(replace(self.config, run_dir="", data_root="", device="auto"))
-    write_json(folder / "config.json", settings | {MADE_FROM: self.fingerprints})
+    settings = asdict(replace(self.config, run_dir="", data_root="", start_from="", device="auto"))
+    before = {CAME_FROM: self.came_from} if self.came_from else {}
+    write_json(folder / "config.json", settings | {MADE_FROM: self.fingerprints} | before)
     if self.record: write_json(folder / "results.json", self.record)
     of_another = ("vocabulary.json", "index.json", "index.safetensors", ROWS, VECTORS)
     for name in of_another: (folder / name).unlink(missing_ok=True)

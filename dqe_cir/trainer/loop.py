@@ -24,6 +24,7 @@ from .mining import NegativePool
 from .runs import AGAIN, Run, build_method, check_identity, data_fingerprint, identity
 from .runs import keep_checkpoint, load_best, load_checkpoint, load_state, open_run
 from .runs import save_weights
+from .start import begin, check_begun, take_words
 from .step import Stepper, quick_products, stage_factor, training_step
 
 # %% ../../nbs/trainer/06_loop.ipynb #b368ac49
@@ -84,6 +85,7 @@ def restart(method: Method, data: TrainingSet, run: Run) -> tuple[Stepper, int]:
     if resume.exists():
         extra = data.negatives, stepper.scaler, config.epochs
         finished = load_checkpoint(resume, method, stepper.optimizer, *extra)
+    elif config.start_from: begin(method, run)
     run.check_events(finished)
     run.forget_after(finished)
     return stepper, finished
@@ -160,6 +162,7 @@ def fit_alone(method: Method, data: TrainingSet, run: Run, evaluate, until: int 
     "`fit`, once nobody else writes into the folder of the run."
     config = run.config
     if method.encoder.tokenizer is not None: say_what_is_cut(method, data)
+    take_words(run)
     data.labels = method.prepare(data.dataset, data.tokens, run.folder)
     if config.select_on != "last" and evaluate is None:
         raise ValueError(f"select_on={config.select_on} needs an evaluate function: "
@@ -181,6 +184,7 @@ def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int |
     `evaluate(method) -> dict` runs now and then. A finished run is loaded. Returns the events of the run.
     `DataError` where another process trains in the folder, `ValueError` where data or encoder are others."""
     run.settle(encoder=method.stands_on, **data_fingerprint(data.dataset))
+    check_begun(method, run)
     if run.finished: return read_finished(method, data, run)
     with owned(run.folder, "wait for it, or choose another run_dir"):
         return fit_alone(method, data, run, evaluate, until)
