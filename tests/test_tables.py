@@ -179,7 +179,7 @@ def test_every_committed_record_is_read():
 def test_every_empty_cell_has_a_command_and_a_price(tmp_path):
     runs, _ = folder(tmp_path, one=run(), two=study())
     lines = not_run(runs)
-    missing = {(dataset, method) for dataset in SPECS for method in METHODS} - {("fashioniq", "sprc"), ("garments", "sprc")}
+    missing = {(dataset, method) for dataset in BENCHMARKS for method in METHODS} - {("fashioniq", "sprc"), ("garments", "sprc")}
     assert {(line.split(": ")[0], method) for line in lines for method in line.split(": ")[1].split(", ")} == missing
     assert all(row["command"].startswith("`papermill nbs/") and "NAME" in row["command"] and all(row.values()) for row in lines.values())
 

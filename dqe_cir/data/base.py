@@ -75,6 +75,7 @@ def image_path(self: CIRDataset, name: str) -> Path:
     if name in self.files: return self.files[name]
     raise DataError(f"no picture of {name!r}, such as {self.expected(name)}: {self.get}")
 
+# %% ../../nbs/data/03_base.ipynb #b822bb74
 @patch
 def expected(self: CIRDataset, name: str) -> Path:
     "Where a picture that is missing would be looked for first."
@@ -100,14 +101,13 @@ class DatasetSpec:
     stand_in: bool = False  # the garments are also written in its layout, to stand in for it
     own: bool = False  # somebody's own pictures and rows: no benchmark, nothing is published about it
     by_category: bool = False  # may some of its categories be chosen? `load` then takes their names too
-    # ---- searching
+    # ---- searching, and figures
     reference_ranked: bool = True  # may the reference be among the answers?
     galleries: dict[str, str] = field(default_factory=dict)  # choice to its words; `{images}` is their number
     captions: int = 1  # of each query
     choices: tuple[str, ...] = ()  # fields of a protocol that a user may set
     protocols: dict[str, dict] = field(default_factory=dict)  # system to what its protocol sets
     server: str = ""  # split whose answers only a server has
-    # ---- figures
     averaged: bool = False  # over categories
     subsets: bool = False  # each query has a group of its own to rank
     lists: tuple[int, ...] = ()  # k of average precision in the first k
@@ -120,8 +120,7 @@ class DatasetSpec:
     candidates: str = "gallery"  # where negatives come from: all images, or the training targets
     training: dict = field(default_factory=dict)  # schedule for a full-size encoder
     zone_bounds: tuple[float, float] = (0.0, 0.0)  # of the mid-zone, full size: shares of what lies below
-    # ---- cost
-    images: int = 0  # to encode for training and evaluation
+    images: int = 0  # cost: to encode for training and evaluation
     gigabytes: float = 0  # of pictures
     refresh: tuple[int, int] = (0, 0)  # training queries, and candidates of a refresh
 
@@ -167,6 +166,7 @@ def told(value) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
+# %% ../../nbs/data/03_base.ipynb #c85438a3
 def unique(names: list[str], path: Path | str) -> list[str]:
     "The list itself; a name that occurs twice raises `DataError`."
     seen = set()

@@ -28,6 +28,7 @@ NEEDED = ("reference", "text", "target")
 OPTIONAL = ("text2", "split", "category", "positives", "subset")
 ASK = "the repository's data/README.md says what belongs into the table"
 
+# %% ../../nbs/data/07_custom.ipynb #943f490c
 def csv_rows(path: Path) -> list[tuple[int, dict]]:
     "Row number and cells by column name of every row of a CSV file that is not empty."
     text = read_text(path, ASK)
@@ -42,6 +43,7 @@ def csv_rows(path: Path) -> list[tuple[int, dict]]:
     names = [name.strip().lower() for name in header[1]]
     return [(number, row_cells(names, row, f"{path}, row {number}")) for number, row in rows if any(row)]
 
+# %% ../../nbs/data/07_custom.ipynb #beae61e0
 def row_cells(names: list[str], row: list[str], where: str) -> dict[str, str]:
     "The cells of a row by column; a row that is short has empty ones, a long one raises `DataError`."
     if len(row) > len(names):
@@ -115,6 +117,7 @@ def picture_named(name: str, pictures: dict[str, Path], folder: Path, where: str
     raise DataError(f"{where} names {told(name)}, and {folder} has no such picture: "
                     + (advice_on(plain, pictures, folder) or "add the picture, or correct the name"))
 
+# %% ../../nbs/data/07_custom.ipynb #0898d079
 def advice_on(name: str, pictures: dict[str, Path], folder: Path) -> str:
     "What to do about a name that no picture has, if something like it is there."
     if "\0" not in name and (folder / name).is_file():
@@ -152,6 +155,7 @@ def cell_text(cells: dict, name: str, where: str) -> str:
     if isinstance(value, str): return value.strip()
     raise DataError(f"{where}: {name} must be text, not {told(value)}: correct it")
 
+# %% ../../nbs/data/07_custom.ipynb #51b0b3fb
 def cell_list(cells: dict, name: str, where: str) -> list[str]:
     "A cell as a list of names, from `a|b|c` or a list; empty where there is none."
     value = cells.get(name)
@@ -162,6 +166,7 @@ def cell_list(cells: dict, name: str, where: str) -> list[str]:
 # %% ../../nbs/data/07_custom.ipynb #939f33e6
 SPLITS = ("train", "val", "test")
 
+# %% ../../nbs/data/07_custom.ipynb #c81fda69
 def read_row(number: int, cells: dict, pictures: dict[str, Path], root: Path, path: Path) -> Row:
     "One row of the table, or `DataError` with what is wrong with it."
     where, folder = f"{path}, row {number}", root / "images"
@@ -212,6 +217,7 @@ def check_rows(rows: list[Row]) -> list[Row]:
 # %% ../../nbs/data/07_custom.ipynb #2cc03ed8
 HELD_BACK = 0.2  # share of the rows
 
+# %% ../../nbs/data/07_custom.ipynb #b70b540d
 def rows_aside(rows: list[Row], path: Path) -> set[int]:
     "Which rows, by position, are held out as `val`: whole groups of rows that share pictures."
     groups = torch.tensor(linked([sorted(row.named) for row in rows]))
@@ -278,6 +284,7 @@ def custom_triplet(row: Row) -> Triplet:
     return Triplet(row.reference, row.target, row.captions, row.category or None, members,
                    f"{row.split}-{row.number}", frozenset({row.target, *row.positives}))
 
+# %% ../../nbs/data/07_custom.ipynb #b975e543
 def only(rows: list[Row], categories: tuple[str, ...], path: Path) -> list[Row]:
     "The rows of some categories; `DataError` for a category that no row has."
     there = Counter(row.category for row in rows if row.category)
@@ -289,7 +296,7 @@ def only(rows: list[Row], categories: tuple[str, ...], path: Path) -> list[Row]:
 
 # %% ../../nbs/data/07_custom.ipynb #dd95f5c1
 def load_custom(root: Path | str, split: str, categories: tuple[str, ...] = ()) -> CIRDataset:
-    """The `train`, `val` or `test` rows of `triplets.csv` (or `.jsonl`, `.parquet`) under `root` and the pictures
+    """The `train`, `val` or `test` rows of `triplets.csv` (`.jsonl`, `.parquet`) under `root`, and the pictures
     below `images/`; of some `categories`, or all. `DataError` names the row that is wrong, and the remedy."""
     root = Path(root)
     rows, pictures, note = read_table(root)
@@ -309,7 +316,8 @@ CUSTOM = DatasetSpec(
     "custom", "own data", load=load_custom,
     get="give data_root, a folder with images/ and triplets.csv; the repository's data/README.md says more",
     licence="The pictures and requests are somebody's own: ask them before you hand the weights on.",
-    own=True, by_category=True, reference_ranked=False, galleries={"original": "gallery of {images} pictures"},
+    own=True, by_category=True, reference_ranked=False,
+    galleries={"original": "gallery of {images} pictures"},
     choices=("exclude_reference", "prompt"), averaged=True, subsets=True, mean=("R@1", "R@5", "R@10"),
     training=dict(epochs=30, lr=5e-6, batch_size=32, head_rate=1.0,
                   refresh_left=3, zone_guard=0.5, evaluate_every=1),

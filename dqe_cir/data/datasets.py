@@ -94,7 +94,8 @@ def check_categories(spec: DatasetSpec, categories: str) -> None:
     "`ValueError` for categories of a data set whose categories cannot be chosen."
     if spec.by_category or not categories: return
     able = ", ".join(other.name for other in SPECS.values() if other.by_category)
-    raise ValueError(f"categories={categories} is not read with dataset {spec.name}: leave it out ({able} read it)")
+    raise ValueError(f"categories={categories} is not read with dataset {spec.name}: leave it out "
+                     f"({able} read it)")
 
 def read_split(spec: DatasetSpec, root: Path | str, split: str, categories: str = "") -> CIRDataset:
     "A split below a root, complete or not; of `categories` such as `dress,shirt`; all if empty or `all`."

@@ -96,8 +96,8 @@ def verify(dataset: str, root: str, split: str, categories: str = "") -> bool:
 
 # %% ../../nbs/data/09_verify.ipynb #b24f053d
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m dqe_cir.data verify --dataset NAME --root DIR [--split SPLIT ...] [--categories NAMES]`: 0 if
-    the counts are the published ones and every picture is readable."""
+    """`python -m dqe_cir.data verify --dataset NAME --root DIR [--split SPLIT ...] [--categories NAMES]`: 0
+    if the counts are the published ones and every picture is readable."""
     parser = argparse.ArgumentParser(prog="python -m dqe_cir.data")
     about = "compare the counts with the published ones and open every picture"
     verifier = parser.add_subparsers(required=True).add_parser("verify", help=about)

@@ -83,7 +83,8 @@ def card_rows(retriever: Retriever) -> list[str]:
 def model_card(retriever: Retriever) -> str:
     "README.md of an exported model."
     config = retriever.config
-    lines = [f"# {config.method}, trained on {retriever.trained_on}", "", "```", *USAGE.splitlines(), "```", ""]
+    heading = f"# {config.method}, trained on {retriever.trained_on}"
+    lines = [heading, "", "```", *USAGE.splitlines(), "```", ""]
     lines += ["| | |", "|---|---|", *card_rows(retriever)]
     lines += ["", "## Figures", "", *metric_lines(retriever.record)]
     lines += ["", "## Rights", "", *(f"- {note}" for note in licence_notes(config))]

@@ -77,8 +77,9 @@ def evaluation_config(values: dict) -> EvaluateConfig:
 
 # %% ../../nbs/trainer/07_evaluation_config.ipynb #fccc5f81
 def training_origin(folder: Path) -> dict[str, str]:
-    "`trained_on`, the data set of a run, and `trained_data`, its kind: real, custom, garments, sample or unknown."
-    return {"trained_on": read_config(folder)["dataset"], "trained_data": made_from(folder).get("data", "unknown")}
+    "`trained_on`, a run's data set, and `trained_data`, its kind: real, custom, garments, sample or unknown."
+    kind = made_from(folder).get("data", "unknown")
+    return {"trained_on": read_config(folder)["dataset"], "trained_data": kind}
 
 # %% ../../nbs/trainer/07_evaluation_config.ipynb #329e8fe4
 KINDS = {"sample": "GARMENTS SAMPLE", "unknown": "kind of data unknown"}

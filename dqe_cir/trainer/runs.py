@@ -83,8 +83,8 @@ def digest(value) -> str:
 
 # %% ../../nbs/trainer/05_runs.ipynb #23664c5d
 def data_fingerprint(dataset: CIRDataset) -> dict[str, str]:
-    """What a split is: its kind (real, custom, garments or sample), digests of its annotations and of its list
-    of pictures, and what it is called. Where the files lie does not count."""
+    """What a split is: its kind (real, custom, garments or sample), digests of its annotations and of its
+    list of pictures, and what it is called. Where the files lie does not count."""
     rows = [(t.reference, t.target, t.captions, t.category, t.subset, sorted(t.positives))
             for t in dataset.triplets]
     listed = sorted((name, sorted(ids)) for name, ids in dataset.galleries.items())

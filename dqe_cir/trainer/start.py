@@ -26,7 +26,7 @@ def source_folder(source: str) -> Path:
         raise ValueError(f"start_from={source} is no run and no exported model: name a folder that holds "
                          "config.json and model.safetensors, or garments for the model that ships")
     if (folder / "model.safetensors").exists(): return folder
-    raise ValueError(f"start_from={source} is a run that has not ended (no model.safetensors): finish it first")
+    raise ValueError(f"start_from={source} is a run that has not ended (no model.safetensors): finish it")
 
 # %% ../../nbs/trainer/05_start.ipynb #87677c82
 def check_start(config: TrainConfig, method: Method | None = None) -> None:
@@ -51,6 +51,7 @@ def changes(config: TrainConfig, folder: Path) -> list[str]:
     names = (name for name in here if name not in ELSEWHERE and there[name] != here[name])
     return [f"{name}: {there[name]!r} there, {here[name]!r} here" for name in names]
 
+# %% ../../nbs/trainer/05_start.ipynb #811c8626
 def start_lines(config: TrainConfig) -> list[str]:
     "What a run begins from and what is different in it, in lines; none for a run that begins from nothing."
     if not config.start_from: return []
@@ -59,8 +60,9 @@ def start_lines(config: TrainConfig) -> list[str]:
     said = f"begins from {about['run']} ({about['method']} on {about['title']}, {about['epochs']} epochs)"
     return [said, *changes(config, folder)]
 
+# %% ../../nbs/trainer/05_start.ipynb #fb4f33b2
 def origin_of(folder: Path) -> dict:
-    "What a run keeps of the one it came from: no path, but the weights' digest, and where that one came from."
+    "What a run keeps of the one it came from: no path, the weights' digest, and where that came from."
     values = read_config(folder)
     told = {name: values.get(name) for name in ("method", "dataset", "seed", "epochs")}
     title, before = made_from(folder).get("title", values["dataset"]), aside(folder, CAME_FROM)
@@ -83,6 +85,7 @@ def check_begun(method: Method, run: Run) -> None:
     began = f"began from {noted['run']}" if noted else "began from nothing"
     raise ValueError(f"{run.folder} {began}, not from {config.start_from}: choose another run_dir")
 
+# %% ../../nbs/trainer/05_start.ipynb #136a17ae
 def take_words(run: Run) -> None:
     "Put the words of the readings that a new run begins from into its folder, if it begins from any."
     if not run.config.start_from or (run.folder / "resume.safetensors").exists(): return
