@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from helpers import ROOT
 
 from dqe_cir.core import DataError, write_json
-from dqe_cir.data import SPECS
 from dqe_cir.methods import METHODS
-from dqe_cir.studies.tables import FIELDS, averages, by_system, disagreements, latest, method_name, needs
+from dqe_cir.studies.tables import BENCHMARKS, FIELDS, averages, by_system, disagreements, latest, method_name, needs
 from dqe_cir.studies.tables import not_run, printed_cells, read_figures, read_runs, side_by_side, verdict
 from dqe_cir.trainer import train_config
 
