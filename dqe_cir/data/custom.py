@@ -297,7 +297,7 @@ def only(rows: list[Row], categories: tuple[str, ...], path: Path) -> list[Row]:
 # %% ../../nbs/data/07_custom.ipynb #dd95f5c1
 def load_custom(root: Path | str, split: str, categories: tuple[str, ...] = ()) -> CIRDataset:
     """The `train`, `val` or `test` rows of `triplets.csv` (`.jsonl`, `.parquet`) under `root`, and the
-    pictures below `images/`; of some `categories`, or all. `DataError` names the row that is wrong, and the remedy."""
+    pictures below `images/`; of some `categories`, or all. `DataError` names a wrong row and the remedy."""
     root = Path(root)
     rows, pictures, note = read_table(root)
     path, some = table_of(root), f" ({', '.join(sorted(categories))})" if categories else ""
