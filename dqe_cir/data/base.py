@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANNOTATED', 'NAME', 'Triplet', 'CIRDataset', 'DatasetSpec', 'names_in', 'folders_below', 'lies_elsewhere',
-           'read_json', 'told', 'unique', 'read_rows', 'image_name', 'split_names', 'known', 'number', 'origin']
+           'read_json', 'told', 'unique', 'read_rows', 'image_name', 'split_names', 'known', 'number', 'linked',
+           'groups_aside', 'origin']
 
 # %% ../../nbs/data/03_base.ipynb #7a1ce2ac
 import os, re
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from fastcore.basics import patch
 
 from .. import files
@@ -41,7 +43,9 @@ class CIRDataset:
     galleries: dict[str, list[str]]  # category (or "all") to image ids
     root: Path
     files: dict[str, Path] = field(default_factory=dict, repr=False)  # image id to file, where there is one
-    data: str = "real"  # real, garments, or sample: garments in another data set's layout
+    data: str = "real"  # real, custom (one's own), garments, or sample: garments in another's layout
+    title: str = field(default="", repr=False)  # in tables and records; empty: the name
+    note: str = field(default="", repr=False)  # what its reader decided, in one line
     # known of drawn data alone: what images show, all right answers by pair id, what each query asks for
     attributes: dict[str, dict] = field(default_factory=dict, repr=False)
     relevant: dict[str, frozenset[str]] = field(default_factory=dict, repr=False)
@@ -49,6 +53,8 @@ class CIRDataset:
     unused_images: bool = field(default=False, repr=False)  # are there images that nothing looks at?
     folder: str = field(default="images", repr=False)  # where a picture is looked for when none is there
     get: str = field(default="get the file", repr=False)  # what to do when a file is missing
+
+    def __post_init__(self): self.title = self.title or self.name
 
     @cached_property
     def gallery(self) -> list[str]:
@@ -69,6 +75,7 @@ def image_path(self: CIRDataset, name: str) -> Path:
     if name in self.files: return self.files[name]
     raise DataError(f"no picture of {name!r}, such as {self.expected(name)}: {self.get}")
 
+# %% ../../nbs/data/03_base.ipynb #b822bb74
 @patch
 def expected(self: CIRDataset, name: str) -> Path:
     "Where a picture that is missing would be looked for first."
@@ -92,14 +99,15 @@ class DatasetSpec:
     word_lists: dict[str, tuple] = field(default_factory=dict)  # attribute to values to phrases, by hand
     drawn: bool = False  # made here: pictures on demand, labels and all right answers known
     stand_in: bool = False  # the garments are also written in its layout, to stand in for it
-    # ---- searching
+    own: bool = False  # somebody's own pictures and rows: no benchmark, nothing is published about it
+    by_category: bool = False  # may some of its categories be chosen? `load` then takes their names too
+    # ---- searching, and figures
     reference_ranked: bool = True  # may the reference be among the answers?
     galleries: dict[str, str] = field(default_factory=dict)  # choice to its words; `{images}` is their number
     captions: int = 1  # of each query
     choices: tuple[str, ...] = ()  # fields of a protocol that a user may set
     protocols: dict[str, dict] = field(default_factory=dict)  # system to what its protocol sets
     server: str = ""  # split whose answers only a server has
-    # ---- figures
     averaged: bool = False  # over categories
     subsets: bool = False  # each query has a group of its own to rank
     lists: tuple[int, ...] = ()  # k of average precision in the first k
@@ -112,8 +120,7 @@ class DatasetSpec:
     candidates: str = "gallery"  # where negatives come from: all images, or the training targets
     training: dict = field(default_factory=dict)  # schedule for a full-size encoder
     zone_bounds: tuple[float, float] = (0.0, 0.0)  # of the mid-zone, full size: shares of what lies below
-    # ---- cost
-    images: int = 0  # to encode for training and evaluation
+    images: int = 0  # cost: to encode for training and evaluation
     gigabytes: float = 0  # of pictures
     refresh: tuple[int, int] = (0, 0)  # training queries, and candidates of a refresh
 
@@ -159,6 +166,7 @@ def told(value) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
+# %% ../../nbs/data/03_base.ipynb #c85438a3
 def unique(names: list[str], path: Path | str) -> list[str]:
     "The list itself; a name that occurs twice raises `DataError`."
     seen = set()
@@ -205,6 +213,32 @@ def number(value) -> int | None:
     if type(value) is int and 0 <= value < 10**18: return value
     digits = isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value)
     return int(value) if digits else None
+
+# %% ../../nbs/data/03_base.ipynb #cd0cbce5
+def linked(keys: list[tuple]) -> list[int]:
+    "One number per entry; equal where entries share a key, directly or through others."
+    parent, first = list(range(len(keys))), {}
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for i, own in enumerate(keys):
+        for key in own: parent[root(i)] = root(first.setdefault(key, i))
+    return [root(i) for i in range(len(keys))]
+
+# %% ../../nbs/data/03_base.ipynb #b6769dbd
+def groups_aside(groups: torch.Tensor, room: int, order: torch.Generator) -> set[int]:
+    "Numbers of whole groups, taken in random order as long as they fit into so much room."
+    names, aside = groups.unique(), set()
+    for group in names[torch.randperm(len(names), generator=order)].tolist():
+        size = int((groups == group).sum())
+        if size <= room:
+            room -= size
+            aside.add(group)
+    return aside
 
 # %% ../../nbs/data/03_base.ipynb #49a2b610
 def origin(root: Path) -> str:

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'PICTURE_FOLDERS', 'FASHIONIQ', 'fashioniq_fields', 'fashioniq_triplets', 'with_shared_answers',
-           'pictures_by_category', 'fashioniq_files', 'fashioniq_category', 'load_fashioniq']
+           'pictures_by_category', 'fashioniq_files', 'categories_named', 'categories_in', 'chosen_categories',
+           'kind_and_title', 'fashioniq_category', 'load_fashioniq']
 
 # %% ../../nbs/data/04_fashioniq.ipynb #7625c695
-import dataclasses
+import dataclasses, re
 from pathlib import Path
 
 from .base import CIRDataset, DatasetSpec, Triplet, known, origin
@@ -65,23 +66,49 @@ CATEGORIES = ("dress", "shirt", "toptee")
 PICTURE_FOLDERS = ("images", "image", "resized_image", "image_data")  # below the root, as copies call it
 
 # %% ../../nbs/data/04_fashioniq.ipynb #dc85a8ad
-def pictures_by_category(folder: Path) -> dict[str, Path]:
+def pictures_by_category(folder: Path, categories: tuple[str, ...] = CATEGORIES) -> dict[str, Path]:
     "Picture files by name: those of a folder, and those of its folders by category."
     files = {}
-    for place in (folder, *(folder / category for category in CATEGORIES)):
+    for place in (folder, *(folder / category for category in categories)):
         files |= {name: path for name, path in files_by_stem(place).items() if name not in files}
     return files
 
-def fashioniq_files(root: Path) -> dict[str, Path]:
+def fashioniq_files(root: Path, categories: tuple[str, ...] = CATEGORIES) -> dict[str, Path]:
     "Files of FashionIQ's pictures by name, from the first folder below the root that holds any."
-    held = (pictures_by_category(root / name) for name in PICTURE_FOLDERS)
+    held = (pictures_by_category(root / name, categories) for name in PICTURE_FOLDERS)
     return next(filter(None, held), {})
 
-# %% ../../nbs/data/04_fashioniq.ipynb #6b887cd5
-def fashioniq_files(root: Path) -> dict[str, Path]:
-    "Files of FashionIQ's pictures by name, from the first folder below the root that holds any."
-    held = (pictures_by_category(root / name) for name in PICTURE_FOLDERS)
-    return next(filter(None, held), {})
+# %% ../../nbs/data/04_fashioniq.ipynb #c38577c1
+def categories_named(root: Path) -> tuple[set[str], set[str]]:
+    "The categories that the caption files below a root speak of, and those that the split files do."
+    starts, found = {"captions": "cap", "image_splits": "split"}, []
+    for folder, start in starts.items():
+        form = re.compile(rf"{start}\.([^. ]+)\.(train|val|test)\.json")
+        matches = map(form.fullmatch, names_in(root / folder))
+        found.append({match[1] for match in matches if match})
+    return found[0], found[1]
+
+def categories_in(root: Path) -> tuple[str, ...]:
+    "FashionIQ's categories, as far as a root has them, else its own; all three where it has none."
+    captions, listings = categories_named(root)
+    usual = tuple(category for category in CATEGORIES if category in captions | listings)
+    return usual or tuple(sorted(captions & listings)) or CATEGORIES
+
+def chosen_categories(root: Path, chosen: tuple[str, ...]) -> tuple[str, ...]:
+    "The chosen categories, each once; none chosen: `categories_in`. `DataError` for one that is not there."
+    there, named = categories_in(root), set.union(*categories_named(root))
+    for category in chosen:
+        if category in {*there, *named}: continue
+        raise DataError(f"{root} has no category {category!r}: choose of {', '.join(there)}")
+    return tuple(name for name in (*CATEGORIES, *sorted(named - {*CATEGORIES})) if name in chosen) or there
+
+# %% ../../nbs/data/04_fashioniq.ipynb #55d614fb
+def kind_and_title(root: Path, categories: tuple[str, ...]) -> tuple[str, str]:
+    "Whose data these categories of a root are (`real`, `sample` or `custom`), and what they are called."
+    kind, some = origin(root), ", ".join(categories)
+    if kind == "real" and not set(categories) <= set(CATEGORIES):
+        return "custom", f"custom: {root.resolve().name}"
+    return kind, "fashioniq" if categories == CATEGORIES else f"fashioniq ({some})"
 
 # %% ../../nbs/data/04_fashioniq.ipynb #dd3d7569
 def fashioniq_category(root: Path, category: str, split: str) -> tuple[list[str], list[Triplet]]:
@@ -93,18 +120,21 @@ def fashioniq_category(root: Path, category: str, split: str) -> tuple[list[str]
     return names, fashioniq_triplets(rows, category, split, set(names), captions)
 
 # %% ../../nbs/data/04_fashioniq.ipynb #a57c87da
-def load_fashioniq(root: Path | str, split: str, categories: tuple[str, ...] = CATEGORIES) -> CIRDataset:
-    "FashionIQ's `train`, `val` or `test` from `captions/`, `image_splits/` and `images/` under `root`."
+def load_fashioniq(root: Path | str, split: str, categories: tuple[str, ...] = ()) -> CIRDataset:
+    """FashionIQ's `train`, `val` or `test` from `captions/`, `image_splits/` and `images/` under `root`; some
+    `categories`, or all that it has."""
     root, triplets, galleries = Path(root), [], {}
     captions = names_in(root / "captions") + names_in(root / "cirr" / "captions")
     if any(name.startswith("cap.rc2.") for name in captions):
         raise DataError(f"{root} is in CIRR's layout, not FashionIQ's: use dataset cirr, or another root")
+    categories = chosen_categories(root, categories)
     for category in categories:
         galleries[category], asked = fashioniq_category(root, category, split)
         triplets += asked
-    files, unused = fashioniq_files(root), FASHIONIQ.unused_images and split == "train"
+    files, unused = fashioniq_files(root, categories), FASHIONIQ.unused_images and split == "train"
+    data, title = kind_and_title(root, categories)
     return CIRDataset(FASHIONIQ.name, split, with_shared_answers(triplets), galleries, root, files,
-                      data=origin(root), unused_images=unused, get=FASHIONIQ.get)
+                      data, title, unused_images=unused, get=FASHIONIQ.get)
 
 # %% ../../nbs/data/04_fashioniq.ipynb #94ee7125
 _kept, _twice = {}, {"exclude_reference": True, "caption_order": "both"}
@@ -122,7 +152,7 @@ FASHIONIQ = DatasetSpec(
     published={"train": {"dress": (5985, 11452), "shirt": (5988, 19036), "toptee": (6027, 16121)},
                "val": {"dress": (2017, 3817), "shirt": (2038, 6346), "toptee": (1961, 5373)},
                "test": {"dress": (2024, 3818), "shirt": (2038, 6346), "toptee": (2056, 5374)}},
-    unused_images=True, stand_in=True,
+    unused_images=True, stand_in=True, by_category=True,
     galleries={"original": "original split as gallery, by category",
                "val_union": "references and targets of the split as gallery, by category"},
     captions=2, choices=("gallery", "exclude_reference", "caption_order", "prompt"), protocols=_rules,

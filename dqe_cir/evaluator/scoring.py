@@ -164,8 +164,14 @@ def group_ranks(dataset: CIRDataset, gallery_scores: GalleryScores) -> Tensor:
     "Rank (Q,) int64 of the target among the other images of each query's group."
     triplets = [dataset.triplets[row] for row in gallery_scores.rows]
     target = gallery_scores.positions([t.target for t in triplets])
-    members = torch.stack([gallery_scores.positions(list(t.subset)) for t in triplets])
-    return subset_ranks(gallery_scores.scores, target, members, reference_positions(dataset, gallery_scores))
+    reference = reference_positions(dataset, gallery_scores)
+    members = [gallery_scores.positions(list(t.subset)) for t in triplets]
+    sizes, ranks = torch.tensor([len(some) for some in members]), torch.zeros_like(target)
+    for size in sizes.unique().tolist():
+        rows = (sizes == size).nonzero()[:, 0]
+        some = torch.stack([members[row] for row in rows.tolist()])
+        ranks[rows] = subset_ranks(gallery_scores.scores[rows], target[rows], some, reference[rows])
+    return ranks
 
 # %% ../../nbs/evaluator/02_scoring.ipynb #cff7ff0d
 def query_measures(
@@ -181,7 +187,12 @@ def query_measures(
         measures["average_precision"] = average_precision(gallery_scores.scores, relevant)
         measures["top1_valid"] = top1_valid(gallery_scores.scores, relevant).float()
     if dataset.mentions: measures |= top1_attributes(dataset, gallery_scores)
-    if spec.subsets: measures["subset_rank"] = group_ranks(dataset, gallery_scores)
+    if spec.own and any(len(triplet.positives) > 1 for triplet in dataset.triplets):
+        without = reference_positions(dataset, gallery_scores) if exclude_reference else None
+        answers = relevance(dataset, gallery_scores)
+        measures["average_precision"] = average_precision(gallery_scores.scores, answers, without)
+    if spec.subsets and dataset.triplets[0].subset:
+        measures["subset_rank"] = group_ranks(dataset, gallery_scores)
     return measures
 
 # %% ../../nbs/evaluator/02_scoring.ipynb #fbf09208
@@ -280,7 +291,7 @@ def breakdown(dataset: CIRDataset, measures: dict[str, Tensor]) -> dict[str, flo
     "The averages of `summarise` in percent, with the splits that the data set is reported by."
     spec, metrics = SPECS[dataset.name], summarise(measures)
     of = lambda rows: summarise({name: values[rows] for name, values in measures.items()})
-    if spec.averaged:
+    if spec.averaged and "all" not in dataset.galleries:
         by = {name: of(rows) for name, rows in gallery_rows(dataset).items() if rows}
         metrics |= {f"{name} R@{k}": found[f"R@{k}"] for name, found in by.items() for k in (10, 50)}
         for k in (1, 5, 10, 50):

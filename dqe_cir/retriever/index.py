@@ -36,6 +36,7 @@ from ..retrieval import check_embeddings
 from .drawn import DrawnOnDemand
 from .lessons import names_in, seal
 from ..trainer.config import ZeroShotConfig, zero_shot_config
+from ..trainer.evaluation_config import in_words, trained_on
 from ..trainer.runs import build_method, finished_runs, load_run, runs_folder, trained_state
 
 # %% ../../nbs/retriever/04_index.ipynb #a39aa864
@@ -177,6 +178,13 @@ def zero_shot(cls: Retriever, encoder: str = "mini", query: str = "", device: st
     or joint; empty: what the encoder was made for. `DataError` for one that cannot be loaded."""
     config = zero_shot_config(encoder, query, device)
     return cls(build_method(config), config, f"{Path(encoder).name}, without training")
+
+# %% ../../nbs/retriever/04_index.ipynb #e4ef1c56
+@patch(as_prop=True)
+def trained_on(self: Retriever) -> str:
+    "What the model was trained on, in words."
+    if self.folder: return trained_on(self.folder)
+    return in_words(self.config.dataset, self.record.get("data", ""), self.record.get("title", ""))
 
 # %% ../../nbs/retriever/04_index.ipynb #13262db6
 @patch(as_prop=True)

@@ -83,7 +83,8 @@ def lessons_of_run(folder: Path | str, method, config) -> Lessons | None:
     path = Path(folder) / TAUGHT
     if not path.exists(): return None
     told = told_lessons(path)
-    try: train = load_dataset(config.dataset, config.data_root or None, "train", size=config.size)
+    where = config.data_root or None, "train", config.size, config.categories
+    try: train = load_dataset(config.dataset, *where)
     except DataError: return None
     if not told or not {lesson.reference for lesson in told} <= train.files.keys(): return None
     taught = [(t.reference, caption_text(t.captions), t.target, t.subset) for t in told]

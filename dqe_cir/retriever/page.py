@@ -200,7 +200,7 @@ def told(self: SearchPage, found: str) -> str:
     metrics = retriever.record.get("metrics", {})
     known = "".join(f", {name} {metrics[name]:.1f}" for name in metrics if name in ("mAP", "R@10"))
     about = retriever.config
-    made = f" trained on {about.dataset}" if about.dataset else f", query: {retriever.method.query}"
+    made = f" trained on {retriever.trained_on}" if about.dataset else f", query: {retriever.method.query}"
     known = f"{about.method}{made}{known}"
     bad = ""
     if unreadable:

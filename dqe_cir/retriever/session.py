@@ -22,6 +22,7 @@ from torch import Tensor
 from ..core import checkout, data_folder, smoke
 from ..data.base import CIRDataset, Triplet
 from ..data.captions import caption_text, clean_caption
+from ..data.custom import READERS
 from ..data.datasets import SPECS, load_dataset
 from ..data.garments.draw import ATTRIBUTES, Garment
 from ..data.garments.requests import caption_corpus, is_relevant, read_request
@@ -32,6 +33,7 @@ from .drawn import garments_at_once
 from .index import Retriever, SHIPPED, large_enough, source_name
 from .lessons import TAUGHT, read_lessons, told_lessons
 from .search import Result, unheard
+from ..show.figures import data_title
 from ..show.sheets import framed, verdict
 
 # %% ../../nbs/retriever/08_session.ipynb #37fb4a02
@@ -518,7 +520,10 @@ def index_store(retriever: Retriever, source: Path | str | CIRDataset) -> Path:
 
 # %% ../../nbs/retriever/08_session.ipynb #09091576
 def dataset_of(name: str, size: str = "full") -> CIRDataset | None:
-    "The validation split that a gallery's name stands for; None for a folder."
+    "The validation split that a name, or a folder with a table of requests, stands for; None for a folder."
+    own = os.path.expanduser(name)
+    if any(os.path.isfile(os.path.join(own, table)) for table in READERS):
+        return load_dataset("custom", own, "val")
     if name not in galleries() or name == OWN: return None
     return garments_at_once("val", size) if SPECS[name].drawn else load_dataset(name, split="val")
 
@@ -537,7 +542,7 @@ def index_kept(retriever: Retriever):
 def open_gallery(retriever: Retriever, name: str, size: str = "full", progress=None) -> tuple[Session, str]:
     "A session on a gallery by name, or on a folder; and what indexing found, in words."
     started, dataset = time.perf_counter(), dataset_of(name, size)
-    if dataset and SPECS[name].drawn and not len(retriever):
+    if dataset and SPECS[dataset.name].drawn and not len(retriever):
         retriever.read_index(SHIPPED)  # fits if this is the very model that ships
     source = dataset or str(Path(name).expanduser())
     with index_kept(retriever):
@@ -546,4 +551,5 @@ def open_gallery(retriever: Retriever, name: str, size: str = "full", progress=N
         else:
             found = str(retriever.index(source, index_store(retriever, source), progress))
         if not len(retriever): raise DataError(f"no readable picture was found in {name}")
-    return Session(retriever, dataset), f"{name}: {found} in {time.perf_counter() - started:.1f} s"
+    called = data_title(dataset) if dataset and dataset.data in ("sample", "custom") else name
+    return Session(retriever, dataset), f"{called}: {found} in {time.perf_counter() - started:.1f} s"

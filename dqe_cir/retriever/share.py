@@ -23,7 +23,8 @@ from .drawn import DrawnOnDemand, garments_at_once
 from .index import Retriever
 from .lessons import ROWS, TAUGHT, VECTORS, write_lessons
 from ..trainer.config import TrainConfig, ZeroShotConfig, train_config
-from ..trainer.runs import CONTENT, MADE_FROM, identity, made_from, trained_state
+from ..trainer.runs import CAME_FROM, CONTENT, ELSEWHERE, MADE_FROM, aside, identity, made_from
+from ..trainer.runs import trained_state
 
 # %% ../../nbs/retriever/07_share.ipynb #9f020759
 def is_place(name: str) -> bool:
@@ -32,9 +33,11 @@ def is_place(name: str) -> bool:
     return name != "mini" and any(os.path.isabs(part) or os.path.exists(part) for part in parts)
 
 # %% ../../nbs/retriever/07_share.ipynb #00d6a80d
-def titled(config: TrainConfig) -> str:
+def titled(retriever: Retriever) -> str:
     "What a model is called: its method, and what it was trained on."
-    return f"{config.method}, " + (f"trained on {config.dataset}" if config.dataset else "nothing trained")
+    config = retriever.config
+    made = f"trained on {retriever.trained_on}" if config.dataset else "nothing trained"
+    return f"{config.method}, {made}"
 
 # %% ../../nbs/retriever/07_share.ipynb #986c0b82
 @patch(as_prop=True)
@@ -42,7 +45,8 @@ def shared_config(self: Retriever) -> TrainConfig:
     "The parameters as they are handed on: no place of this machine, a local encoder by its content."
     name = self.config.encoder
     if is_place(name): name = f"{CONTENT}{self.method.stands_on or 'unknown'}"
-    here = dict(run_dir="", data_root="", device="auto", tokens_on="auto", processes=1)
+    here = dict(run_dir="", data_root="", device="auto", start_from="", tokens_on="auto",
+                processes=1)
     return replace(self.config, encoder=name, **here)
 
 # %% ../../nbs/retriever/07_share.ipynb #b42c8e9c
@@ -61,7 +65,7 @@ def training_command(config) -> str:
     "The papermill line that trains this model again: every parameter that differs from the defaults."
     standard = asdict(train_config({"dataset": config.dataset, "method": config.method}))
     given = {name: value for name, value in asdict(config).items()
-             if value != standard[name] and name not in ("run_dir", "data_root", "device", "tokens_on")}
+             if value != standard[name] and name not in ELSEWHERE}
     words = ["papermill nbs/train.ipynb out.ipynb", f"-p dataset {config.dataset} -p method {config.method}"]
     return " ".join(words + [f"-p {name} {shlex.quote(str(value))}" for name, value in given.items()])
 
@@ -101,6 +105,8 @@ def card_rows(retriever: Retriever) -> list[str]:
                 f"| method | {config.method}, seed {config.seed}, {config.epochs} epochs |", *rows,
                 f"| trained by | `{training_command(config)}` |"]
     made = record.get("environment", {})
+    before = retriever.came_from
+    if before: rows.append(f"| began from | {before['run']}, {before['method']} on {before['title']} |")
     if made:
         rows.append(f"| commit, time | {made.get('commit')}, {made.get('time')}; torch {made.get('torch')}, "
                     f"{record.get('seconds')} s |")
@@ -142,14 +148,14 @@ def card_head(retriever: Retriever) -> ModelCardData:
     rights = dict(license="apache-2.0") if ours else dict(license="other", license_name="see-rights")
     return ModelCardData(
         language="en", library_name="dqe-cir", tags=tags, base_model=hub_ids or None,
-        datasets=[config.dataset] if real else None, model_name=titled(config),
+        datasets=[config.dataset] if real else None, model_name=titled(retriever),
         eval_results=eval_results(retriever.record) or None, **rights)
 
 # %% ../../nbs/retriever/07_share.ipynb #c8af3cef
 def model_card(retriever: Retriever) -> str:
     "README.md of an exported model: a head of YAML, then the page."
     config = retriever.shared_config
-    lines = [f"# {titled(config)}", "", "```", *USAGE.splitlines(), "```", ""]
+    lines = [f"# {titled(retriever)}", "", "```", *USAGE.splitlines(), "```", ""]
     lines += ["| | |", "|---|---|", *card_rows(retriever)]
     lines += ["", "## Figures", "", *metric_lines(retriever.record)]
     lines += ["", "## Rights", "", *(f"- {note}" for note in licence_notes(config))]
@@ -163,6 +169,11 @@ def fingerprints(self: Retriever) -> dict[str, str]:
     known = made_from(self.folder) if self.folder else {}
     return known | ({"encoder": self.method.stands_on} if self.method.stands_on else {})
 
+@patch(as_prop=True)
+def came_from(self: Retriever) -> dict:
+    "The run whose weights the training went on from, as its `config.json` has it; empty for none."
+    return aside(self.folder, CAME_FROM) if self.folder else {}
+
 # %% ../../nbs/retriever/07_share.ipynb #c9d8b158
 @patch
 def write_model(self: Retriever, folder: Path) -> None:
@@ -170,7 +181,8 @@ def write_model(self: Retriever, folder: Path) -> None:
     lessons, config = self.lessons, self.shared_config  # lessons before their files go
     about = {"method": config.method, "encoder": config.encoder} | identity(config)
     write_tensors(folder / "model.safetensors", trained_state(self.method), about)
-    write_json(folder / "config.json", asdict(config) | {MADE_FROM: self.fingerprints})
+    before = {CAME_FROM: self.came_from} if self.came_from else {}
+    write_json(folder / "config.json", asdict(config) | {MADE_FROM: self.fingerprints} | before)
     named = {"encoder": config.encoder} if "encoder" in self.record else {}
     if self.record: write_json(folder / "results.json", self.record | named)
     of_another = ("vocabulary.json", "index.json", "index.safetensors", ROWS, VECTORS)

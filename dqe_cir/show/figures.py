@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'REFRESHES', 'STAMPS', 'empty_figure', 'line_figure', 'loss_figure', 'metric_figure', 'refresh_figure',
-           'interval_figure', 'label_places', 'point_figure', 'table_title', 'text_table', 'metrics_table',
-           'plain_table', 'told', 'banner']
+           'interval_figure', 'label_places', 'point_figure', 'data_title', 'table_title', 'text_table',
+           'metrics_table', 'plain_table', 'told', 'banner']
 
 # %% ../../nbs/show/01_figures.ipynb #b7dda0d3
 import html
@@ -105,13 +105,17 @@ def point_figure(points: dict[str, tuple[float, float, float]], title: str, x: s
     return figure.update_xaxes(range=[low - pad, high + pad])
 
 # %% ../../nbs/show/01_figures.ipynb #b934db43
-STAMPS = {"real": "", "garments": "garments benchmark", "sample": "GARMENTS SAMPLE, NOT THE REAL DATA"}
+STAMPS = {"real": "", "custom": "", "garments": "garments benchmark",
+          "sample": "GARMENTS SAMPLE, NOT THE REAL DATA"}
+
+def data_title(dataset: CIRDataset) -> str:
+    "Data set, split, and what the data really are."
+    stamp = STAMPS.get(dataset.data, dataset.data)
+    return f"{dataset.title} {dataset.split}" + (f" ({stamp})" if stamp else "")
 
 def table_title(dataset: CIRDataset, protocol: str) -> str:
     "Data set, split, what the data really are, and the protocol."
-    stamp = STAMPS.get(dataset.data, dataset.data)
-    words = f"{dataset.name} {dataset.split}" + (f" ({stamp})" if stamp else "")
-    return f"{words} · {len(dataset.triplets):,} queries · {protocol}"
+    return f"{data_title(dataset)} · {len(dataset.triplets):,} queries · {protocol}"
 
 # %% ../../nbs/show/01_figures.ipynb #e4e5aec9
 def text_table(rows: dict[str, dict[str, str]], columns: list[str], title: str,

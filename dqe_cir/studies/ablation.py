@@ -271,7 +271,8 @@ def study_jobs(study, conditions: dict[str, dict], seeds: list[int], common: dic
 # %% ../../nbs/studies/01_ablation.ipynb #79e4cef7
 def load_sets(config: TrainConfig) -> tuple[CIRDataset, CIRDataset]:
     "The training set and the set of queries to evaluate on."
-    load = lambda split: load_dataset(config.dataset, config.data_root or None, split, size=config.size)
+    load = lambda split: load_dataset(config.dataset, config.data_root or None, split, config.size,
+                                      config.categories)
     return load("train"), load(config.evaluate_on)
 
 # %% ../../nbs/studies/01_ablation.ipynb #efc22e51

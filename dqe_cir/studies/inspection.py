@@ -25,7 +25,7 @@ from ..data.garments.draw import ATTRIBUTES
 from ..evaluator.scoring import Evaluation, GalleryScores, score_dataset
 from ..methods.base import Method
 from ..sampler import Sampler, around, possible_negatives, relative_scores, spread_over
-from ..show.figures import COLOURS, text_table
+from ..show.figures import COLOURS, data_title, text_table
 from ..show.sheets import contact_sheet
 from ..trainer.config import SAMPLERS, TrainConfig
 from ..trainer.evaluation_config import EvaluateConfig, evaluation_config
@@ -65,7 +65,7 @@ def vocabulary_table(method: Method, dataset: CIRDataset):
     for (name, values), share, weight in zip(vocabulary.attributes.items(), named, weights):
         said = ", ".join(phrases[0] for phrases in values)
         rows[name] = {"values": said, "named by": f"{share:.0%}", "weight": f"{weight:.2f}"}
-    title = f"what is read; named by: share of {len(labels):,} requests, {dataset.name} {dataset.split}"
+    title = f"what is read; named by: share of {len(labels):,} requests, {data_title(dataset)}"
     return text_table(rows, ["values", "named by", "weight"], title)
 
 # %% ../../nbs/studies/04_inspection.ipynb #6011e600
@@ -298,7 +298,7 @@ def request_table(dataset: CIRDataset, results: dict[str, Evaluation]):
     for kind, rows in request_kinds(dataset).items():
         means = {column: f"{100 * values[rows].mean():.1f}" for column, values in columns.items()}
         table[kind] = {"queries": str(len(rows))} | means
-    return text_table(table, ["queries", *columns], f"{dataset.name} {dataset.split}: by what is asked for")
+    return text_table(table, ["queries", *columns], f"{data_title(dataset)}: by what is asked for")
 
 # %% ../../nbs/studies/04_inspection.ipynb #e705e121
 def gains(one: Evaluation, other: Evaluation) -> torch.Tensor:
@@ -383,7 +383,7 @@ def gain_table(
                           "gain": f"{gain[row]:+.1f}"}
     title = f"largest gains of {names[1]} over {names[0]}, then largest losses"
     columns = ["reference", "request", *names, "gain"]
-    return text_table(rows, columns, f"{dataset.name} {dataset.split}: {title}")
+    return text_table(rows, columns, f"{data_title(dataset)}: {title}")
 
 # %% ../../nbs/studies/04_inspection.ipynb #4bf27830
 def comparison_sheet(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ..attributes import MODES, SUB_QUERIES
 from ..core import checked
-from ..data.datasets import SPECS
+from ..data.datasets import SPECS, check_categories
 from ..encoder.blip2 import DTYPES, encoder_size
 from ..encoder.token_cache import PLACES
 from ..methods.base import Method
@@ -77,6 +77,8 @@ class TrainConfig(PairOptions, ReadingOptions):
     evaluate_on: str = "val"  # the split of these queries; dev (drawn data) for tuning
     select_on: str | None = None  # whose weights the run ends with: last, val or train_holdout
     data_root: str = ""  # folder of the data set; empty means data/<dataset>
+    categories: str = ""  # some of a data set's categories, such as dress,shirt; empty or all: all of them
+    start_from: str = ""  # a finished run or an exported model whose weights this run goes on from
     run_dir: str = ""  # folder of the run; empty means runs/<dataset>-<method>-seed<seed>
     size: str = "full"  # drawn data: full or smoke
     device: str = "auto"
@@ -245,6 +247,7 @@ def train_config(values: dict) -> TrainConfig:
     for values that cannot work, and for a parameter that the chosen method does not read."""
     config = checked(TrainConfig, values)
     check_choices(config)
+    check_categories(SPECS[config.dataset], config.categories)
     schedule = schedule_of(config)
     check_read(config, config.negatives or schedule["negatives"])
     missing = {name: value for name, value in schedule.items() if getattr(config, name) is None}

@@ -26,6 +26,7 @@ from .processes import ALONE, Processes
 from .runs import AGAIN, Run, build_method, check_identity, data_fingerprint, identity
 from .runs import keep_checkpoint, load_best, load_checkpoint, load_state, open_run
 from .runs import read_weights, save_weights
+from .start import begin, check_begun, take_words
 from .step import Stepper, plain_terms, quick_products, stage_factor
 from .step import training_step
 
@@ -110,6 +111,7 @@ def restart(method: Method, data: TrainingSet, run: Run, processes: Processes = 
     if resume.exists():
         extra = data.negatives, stepper.scaler, config.epochs
         finished = load_checkpoint(resume, method, stepper.optimizer, *extra)
+    elif config.start_from: begin(method, run, processes.main)
     run.check_events(finished)
     if processes.main: run.forget_after(finished)
     return stepper, finished
@@ -191,6 +193,7 @@ def fit_alone(method: Method, data: TrainingSet, run: Run, evaluate, until: int 
     "`fit`, once nobody else writes into the folder of the run."
     config = run.config
     if processes.main and method.encoder.tokenizer is not None: say_what_is_cut(method, data)
+    if processes.main: take_words(run)
     with processes.first(): data.labels = method.prepare(data.dataset, data.tokens, run.folder)
     if config.select_on != "last" and evaluate is None:
         raise ValueError(f"select_on={config.select_on} needs an evaluate function: "
@@ -219,6 +222,7 @@ def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int |
     Of several `processes` each calls this; the main one writes, and all end with the same weights."""
     if processes.main: run.settle(encoder=method.stands_on, **data_fingerprint(data.dataset))
     processes.wait()
+    check_begun(method, run)
     if run.finished: return read_finished(method, data, run)
     alone = owned(run.folder, "wait for it, or choose another run_dir")
     with alone if processes.main else contextlib.nullcontext():

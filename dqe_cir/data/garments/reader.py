@@ -68,7 +68,8 @@ def load_garments(root: Path | str, split: str) -> CIRDataset:
     if split != "train":
         dataset.triplets = [dataclasses.replace(t, positives=relevant[t.pair_id]) for t in dataset.triplets]
     return dataclasses.replace(
-        dataset, name=GARMENTS.name, data="garments", unused_images=False, get=GARMENTS.get,
+        dataset, name=GARMENTS.name, title=GARMENTS.name, data="garments", unused_images=False,
+        get=GARMENTS.get,
         attributes=truth["images"], mentions=truth["mentions"], relevant=relevant)
 
 # %% ../../../nbs/data/garments/04_reader.ipynb #89a3aa50
