@@ -22,7 +22,8 @@ setup(
     packages=find_packages(include=["dqe_cir", "dqe_cir.*"]),
     package_data={"dqe_cir": ["assets/**"]},
     install_requires=shlex.split(settings["requirements"]),
-    extras_require={name: shlex.split(settings[f"{name}_requirements"]) for name in ("dev", "heic")},
+    extras_require={key.removesuffix("_requirements"): shlex.split(settings[key])
+                    for key in settings if key.endswith("_requirements")},
     entry_points={"nbdev": ["dqe_cir=dqe_cir._modidx:d"],
                   "console_scripts": ["dqe-cir=dqe_cir.retriever.commands:main"]},
 )
