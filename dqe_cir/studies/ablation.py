@@ -9,9 +9,9 @@ __all__ = ['TERMS', 'NO_TERMS', 'TUNED', 'DQE', 'OURS', 'PLAIN', 'PAPER', 'SOURC
            'excluding_pairs', 'confusion', 'in_batch_false_negatives', 'Job', 'unread', 'passed_on', 'study_jobs',
            'load_sets', 'peak_memory', 'epochs_done', 'costs', 'walk', 'warm_up', 'start_from', 'package_commit',
            'same_run', 'take_over', 'run_job', 'parameters', 'extra_measures', 'check_finished', 'check_made_from',
-           'made_now', 'fingerprints', 'run_study', 'without_bars', 'in_processes', 'kind_of', 'search_table',
-           'best_rates', 'StudyConfig', 'recorded_conditions', 'at_home', 'read_record', 'check_record', 'check_study',
-           'as_texts', 'study_config', 'small_study', 'interval', 'values_of', 'shared_seeds', 'paired',
+           'made_now', 'fingerprints', 'run_study', 'without_bars', 'in_processes', 'kind_of', 'search_scores',
+           'search_table', 'best_rates', 'StudyConfig', 'recorded_conditions', 'at_home', 'read_record', 'check_record',
+           'check_study', 'as_texts', 'study_config', 'small_study', 'interval', 'values_of', 'shared_seeds', 'paired',
            'mean_and_spread', 'summary_table', 'difference_table', 'outcome', 'finding', 'findings', 'query_values',
            'over_queries', 'queries_table', 'kept_of', 'study_record', 'read_study', 'source_line', 'study_report',
            'seed_spread', 'compare_run', 'against_table', 'against_report', 'check_against', 'telling_rows',
@@ -483,19 +483,30 @@ def kind_of(config: TrainConfig) -> str:
     return f"{'readings' if reads else config.method}-{board}"
 
 # %% ../../nbs/studies/01_ablation.ipynb #5ab1c0dd
-def search_table(record: dict) -> dict[str, dict[float, float]]:
-    "row -> learning rate -> mAP on dev, of the record of a search."
+def search_scores(record: dict) -> dict[str, dict[float, dict[int, float]]]:
+    "row -> learning rate -> seed -> mAP on dev, of the record of a search."
     table = {}
     for run in record["runs"]:
         rate = record["conditions"][run["condition"]]["lr"]
         row = run["condition"].rsplit("-at-", 1)[0]
-        table.setdefault(row, {})[rate] = run["metrics"]["mAP"]
+        table.setdefault(row, {}).setdefault(rate, {})[run.get("seed", 0)] = run["metrics"]["mAP"]
     return table
+
+def search_table(record: dict) -> dict[str, dict[float, float]]:
+    "row -> learning rate -> mAP on dev, the mean over the seeds it was tried with."
+    return {row: {rate: statistics.mean(seeds.values()) for rate, seeds in tried.items()}
+            for row, tried in search_scores(record).items()}
 
 # %% ../../nbs/studies/01_ablation.ipynb #4c9f717a
 def best_rates(record: dict) -> dict[str, float]:
-    "The learning rate of each row with the highest mAP on dev; of equals the smallest."
-    return {row: max(sorted(tried), key=tried.get) for row, tried in search_table(record).items()}
+    """The learning rate of each row with the highest mean mAP on dev, among those that were tried with the
+    most seeds; of equals the smallest."""
+    means, found = search_table(record), {}
+    for row, tried in search_scores(record).items():
+        most = max(map(len, tried.values()))
+        known = sorted(rate for rate, seeds in tried.items() if len(seeds) == most)
+        found[row] = max(known, key=means[row].get)
+    return found
 
 # %% ../../nbs/studies/01_ablation.ipynb #9556a503
 @dataclasses.dataclass(frozen=True)
