@@ -155,8 +155,8 @@ class Retriever(PyTorchModelHubMixin, library_name="dqe-cir", tags=["composed-im
 
 # %% ../../nbs/retriever/04_index.ipynb #55127fb9
 @patch(cls_method=True)
-def load(cls: Retriever, source: str | Path = "", device: str = "auto", store=None,
-         encoder: str = "") -> Retriever:
+def load(cls: Retriever, source: str | Path = "", device: str = "auto", encoder: str = "",
+         store=None) -> Retriever:
     """The retriever of a run folder, an exported folder, `garments` (the shipped model), or (empty) the
     newest run, else the shipped model; with its index if it has one, or with the pictures in a `store`, an
     engine of the page `beyond_memory`. `encoder` says where the encoder lies, if that is not where the
