@@ -77,9 +77,9 @@ lab: $(INSTALLED) ## open JupyterLab on this folder
 	$(BIN)/jupyter lab --ServerApp.$(LARGE_MESSAGES) $(ARGS)
 
 # Bound to this machine; the address with its token is printed. voila is only needed here, and installed when first asked for.
-app: $(INSTALLED) ## open the search page as an app without code
+app: $(INSTALLED) ## open the search page without code, with the model that ships: make app ARGS="--model runs/NAME"
 	@$(BIN)/python -c 'import voila' 2>/dev/null || $(BIN)/python -m pip install voila==0.5.13 -c constraints.txt
-	$(BIN)/voila nbs/search.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True --Voila.$(LARGE_MESSAGES) $(ARGS)
+	$(BIN)/python -m dqe_cir.retriever serve --model garments $(ARGS)
 
 docs: $(INSTALLED) ## build the documentation in _docs/ from the notebooks; open _docs/index.html
 	@$(BIN)/python docs/build.py _docs

@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 
+from faults import tables
 from faults.datasets import cases
-from faults.frame import check
+from faults.frame import check, verdict
 
 LIGHT = list(cases(0, ("fashioniq", "cirr", "circo", "hp_fashioniq")))  # drawing the garments takes longer than all else
 
@@ -27,3 +28,14 @@ def test_every_case(seed, tmp_path):
         (tmp_path / str(i)).mkdir()
         found[case.name] = check(case, tmp_path / str(i))
     assert not {name: verdict for name, verdict in found.items() if verdict != "held"}
+
+
+TABLES = list(tables.cases(0))
+
+
+def test_there_are_enough_tables():
+    assert len(TABLES) >= 60 and len({case.name for case in TABLES}) == len(TABLES)
+
+
+@pytest.mark.parametrize("case", random.Random(0).sample(TABLES, 20), ids=lambda case: case.name)
+def test_a_table(case, tmp_path): assert verdict(case, tmp_path) == "held"

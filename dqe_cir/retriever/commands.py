@@ -64,7 +64,7 @@ MESSAGE_BYTES = 2**26  # 64 MiB: a photograph of 40 MB, as text
 def serve_command(notebook: Path, more: list[str]) -> list[str]:
     "The words that start voila on a notebook; `more` are passed on to it."
     return [sys.executable, "-m", "voila", str(notebook), "--Voila.ip=127.0.0.1", "--Voila.auto_token=True",
-            f"--Voila.tornado_settings=websocket_max_message_size={MESSAGE_BYTES}", *more]
+            f"--Voila.tornado_settings={json.dumps({'websocket_max_message_size': MESSAGE_BYTES})}", *more]
 
 # %% ../../nbs/retriever/12_commands.ipynb #c009073c
 def serve(model: str, gallery: str, more: list[str]) -> int:
