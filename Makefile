@@ -31,7 +31,7 @@ evaluate: ## evaluate a trained run: make evaluate ARGS="-p run_dir runs/NAME"
 pretrain: ## train a small backbone like the one that ships, into runs/mini
 
 train evaluate pretrain: $(INSTALLED)
-	@$(BIN)/python -m dqe_cir.terminal nbs/$@.ipynb runs/$@.ipynb $(ARGS)
+	@$(BIN)/python -m dqe_cir nbs/$@.ipynb runs/$@.ipynb $(ARGS)
 
 # Both make the recorded runs again, in one folder, so that a run that both ask for is made once.
 evidence: ## make the evidence again and compare it with the record, row by row: make evidence ARGS="-p seeds 0"
@@ -40,7 +40,7 @@ leaderboard: ## the same for the leaderboard: make leaderboard ARGS="-p seeds 0"
 evidence: REPEAT := nbs/ablate.ipynb
 leaderboard: REPEAT := nbs/leaderboard.ipynb -p stage compare
 evidence leaderboard: $(INSTALLED)
-	@$(BIN)/python -m dqe_cir.terminal $(firstword $(REPEAT)) runs/$@.ipynb $(wordlist 2,9,$(REPEAT)) -p study runs/again -p seeds 0,1,2,3,4 \
+	@$(BIN)/python -m dqe_cir $(firstword $(REPEAT)) runs/$@.ipynb $(wordlist 2,9,$(REPEAT)) -p study runs/again -p seeds 0,1,2,3,4 \
 		-p rates data/results/learning_rates.json -p against data/results/$@.json $(ARGS)
 	@echo "every row agrees with data/results/$@.json"
 

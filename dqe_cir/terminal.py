@@ -133,11 +133,11 @@ def papermill(arguments: list[str]) -> int:
 
 # %% ../nbs/ideas/01_terminal.ipynb #ccce1485
 def main(arguments: list[str] | None = None) -> int:
-    "`python -m dqe_cir.terminal NOTEBOOK OUTPUT [papermill's words]`: papermill, in words."
+    "`python -m dqe_cir NOTEBOOK OUTPUT [papermill's words]`: papermill, in words."
     import time
     words, started = sys.argv[1:] if arguments is None else arguments, time.time()
     if len(words) < 2:
-        print("python -m dqe_cir.terminal NOTEBOOK OUTPUT [what papermill takes]", file=sys.stderr)
+        print("python -m dqe_cir NOTEBOOK OUTPUT [what papermill takes]", file=sys.stderr)
         return 2
     home, training = Path(words[1]).parent, Path(words[0]).stem == "train"
     if training and "run_dir" not in words:
@@ -149,7 +149,3 @@ def main(arguments: list[str] | None = None) -> int:
     for path in sorted(home.glob("*/results.json")):
         if path.stat().st_mtime >= started: print(f"results: {path}", file=sys.stderr)
     return status
-
-# %% ../nbs/ideas/01_terminal.ipynb #f0aadea9
-#| eval: false
-if __name__ == "__main__": sys.exit(main())

@@ -44,6 +44,7 @@ def test_every_place_hands_out_the_same_bits_on_a_gpu(budget):
             assert torch.equal(cache[batch].cpu(), torch.from_numpy(stored[[cache.row[name] for name in batch]]).float())
 
 
+@needs_gpu
 def test_a_step_on_a_gpu_waits_for_nothing():
     "PyTorch itself raises where the program would wait for the device."
     method = build_method(train_config({"method": "dqe_cir", "recipe": "paper", "device": "cuda"})).train()

@@ -35,8 +35,9 @@ def notebook(tmp_path):
 
 
 def started(tmp_path, source, *words):
-    command = [sys.executable, "-m", "dqe_cir.terminal", str(source), str(tmp_path / "out" / "work.ipynb"), "--no-progress-bar", *words]
-    return subprocess.Popen(command, cwd=tmp_path, env=private_environment(tmp_path, PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "dqe_cir", str(source), str(tmp_path / "out" / "work.ipynb"), "--no-progress-bar", *words]
+    return subprocess.Popen(command, cwd=tmp_path, env=private_environment(tmp_path, PYTHONPATH=str(ROOT)), stderr=subprocess.PIPE, text=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a worker of pytest ignores it
 
 
 def lines(text): return [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]

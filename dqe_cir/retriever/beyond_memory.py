@@ -274,7 +274,7 @@ class QdrantFolder:
         except Exception as problem:
             said = " ".join(str(problem).split())[:150]
             why = f"cannot be opened ({said}): index the pictures into a new folder"
-            if "WouldBlock" in said: why = "is in use by another process: wait for it, or close it there"
+            if "WouldBlock" in str(problem): why = "is in use by another process: wait, or close it there"
             raise DataError(f"{self.folder} {why}") from None
 
     def said(self) -> dict | None:

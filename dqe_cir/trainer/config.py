@@ -158,7 +158,8 @@ def choices(config: TrainConfig) -> dict[str, tuple[str, ...]]:
     spec = SPECS.get(config.dataset, SPECS[trainable[0]])
     return {"dataset": trainable, "method": tuple(METHODS), "form": ("shared", "native"),
             "size": ("full", "smoke"), "precision": tuple(DTYPES), "tokens_on": tuple(PLACES),
-            "evaluate_on": spec.held_out, "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "zone_on": ("query", "target"),
+            "evaluate_on": spec.held_out,
+            "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "zone_on": ("query", "target"),
             "batches": ("plain", "trns"), "attribute_mode": MODES, "sub_query": SUB_QUERIES,
             "attribute_negatives": ("shared", "own"), "readings": VOCABULARIES,
             "recipe": ("common", "paper"), "warm_up": ("none", "random", "contrastive"),
@@ -281,11 +282,13 @@ class ZeroShotConfig(TrainConfig):
     dataset: str = ""  # trained on none
     query: str = ""  # sum, image, text or joint; empty: what the encoder was made for
 
+# %% ../../nbs/trainer/02_config.ipynb #cdfb58d1
 def zero_shot_config(encoder: str = "mini", query: str = "", device: str = "auto") -> ZeroShotConfig:
     "The configuration of an encoder as it is; `ValueError` for a query that there is not."
     check_query(query)
     return ZeroShotConfig(encoder=encoder, query=query, device=device)
 
+# %% ../../nbs/trainer/02_config.ipynb #e028b14c
 def kind_of_config(values: dict) -> type[TrainConfig]:
     "Which class holds the parameters that a folder names."
     return ZeroShotConfig if values.get("method") in TRAIN_FREE else TrainConfig

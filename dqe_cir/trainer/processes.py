@@ -49,6 +49,7 @@ def share(self: Processes, rows: int) -> slice:
     "Which of so many rows are this process's."
     return slice(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
 
+# %% ../../nbs/trainer/00_processes.ipynb #0483ba4a
 @patch
 def held(self: Processes, rows: int) -> slice:
     "Its share, or the first row where it has none."
@@ -133,6 +134,7 @@ def fuse(self: SharedPasses, tokens: Tensor, input_ids: Tensor, attention_mask: 
     with self.noise(): own = self.fused(tokens, input_ids[self.held], attention_mask[self.held], words)
     return self.everybodys(own[0]), self.everybodys(own[1])
 
+# %% ../../nbs/trainer/00_processes.ipynb #fc78cb82
 @patch
 def forward(self: SharedPasses, query_embeds: Tensor, attention_mask: Tensor | None = None, **options):
     "The Q-Former: as ever where it looks at pictures, and on own rows where it reads (rows,L,H) alone."
@@ -183,16 +185,19 @@ def total(self: Joined, tensor: Tensor) -> Tensor:
     from accelerate.utils import reduce
     with self.meeting(): return reduce(tensor.detach().to(self.state.device), "sum").to(tensor.device)
 
+# %% ../../nbs/trainer/00_processes.ipynb #1e9b0efa
 @patch
 def listed(self: Joined, values: list) -> list:
     from accelerate.utils import gather_object
     with self.meeting(): return gather_object(values)
 
+# %% ../../nbs/trainer/00_processes.ipynb #29ba6b98
 @patch
 def told(self: Joined, value):
     from accelerate.utils import broadcast_object_list
     with self.meeting(): return broadcast_object_list([value])[0]
 
+# %% ../../nbs/trainer/00_processes.ipynb #ce80afbd
 @patch
 def wait(self: Joined) -> None:
     with self.meeting(): self.state.wait_for_everyone()
@@ -211,6 +216,7 @@ def launched() -> int:
     "How many processes a launcher has started together, this one among them."
     return int(os.environ.get("WORLD_SIZE") or 1)
 
+# %% ../../nbs/trainer/00_processes.ipynb #32657b81
 def joined(device: str = "auto") -> Processes:
     "This process among those that a launcher started; `ALONE` where none did."
     if launched() == 1: return ALONE
