@@ -74,7 +74,7 @@ browser: $(INSTALLED)
 LARGE_MESSAGES := tornado_settings='{"websocket_max_message_size": 67108864}'
 
 lab: $(INSTALLED) ## open JupyterLab on this folder
-	$(BIN)/jupyter lab --ServerApp.$(LARGE_MESSAGES) $(ARGS)
+	$(BIN)/jupyter lab --ServerApp.$(LARGE_MESSAGES) --FileContentsManager.pre_save_hook=dqe_cir.terminal.clean_on_save $(ARGS)
 
 # Bound to this machine; the address with its token is printed. voila is only needed here, and installed when first asked for.
 app: $(INSTALLED) ## open the search page without code, with the model that ships: make app ARGS="--model runs/NAME"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['terminal', 'say', 'duration', 'time_left', 'Progress', 'epoch_line', 'free_name', 'unfinished', 'how_to_go_on',
-           'one_line', 'papermill', 'main']
+           'one_line', 'papermill', 'main', 'is_runner', 'clean_on_save']
 
 # %% ../nbs/ideas/01_terminal.ipynb #339ef741
 import contextlib, os, sys
@@ -149,3 +149,20 @@ def main(arguments: list[str] | None = None) -> int:
     for path in sorted(home.glob("*/results.json")):
         if path.stat().st_mtime >= started: print(f"results: {path}", file=sys.stderr)
     return status
+
+# %% ../nbs/ideas/01_terminal.ipynb #7f09308a
+def is_runner(notebook: dict) -> bool:
+    "Has a notebook a cell of parameters?"
+    return any("parameters" in cell["metadata"].get("tags", []) for cell in notebook["cells"])
+
+# %% ../nbs/ideas/01_terminal.ipynb #24d6a840
+def clean_on_save(model: dict, path: str, contents_manager=None, **more) -> None:
+    """Jupyter's hook before a save: a runner in `nbs/` is saved without outputs, and no notebook there with more
+    than the name of its kernel."""
+    if model.get("type") != "notebook" or not path.strip("/").startswith("nbs/"): return
+    notebook = model["content"]
+    kernel = dict(display_name="python3", language="python", name="python3")
+    notebook["metadata"] = {"kernelspec": kernel}
+    if not is_runner(notebook): return
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code": cell["outputs"], cell["execution_count"] = [], None
