@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 GUIDE = {  # in reading order; other Markdown files of docs/ follow
     "docs/index.md": "index.html", "data/README.md": "data.html", "docs/protocols.md": "protocols.html",
     "docs/reproduce.md": "reproduce.html", "CONTRIBUTING.md": "adding.html", "docs/promises.md": "promises.html",
-    "docs/performance.md": "performance.html", "CHANGELOG.md": "changes.html",
+    "docs/performance.md": "performance.html", "docs/terminal.md": "terminal.html", "CHANGELOG.md": "changes.html",
 }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .core import smoke
+from .files import read_json
 
 # %% ../nbs/ideas/01_terminal.ipynb #ceafaa40
 def terminal() -> int | None:
@@ -90,14 +91,18 @@ def free_name(path: Path) -> Path:
 
 # %% ../nbs/ideas/01_terminal.ipynb #b6aa0962
 def unfinished(home: Path, since: float = 0.0) -> list[Path]:
-    "Run folders in `home`, started at or after a time, that have parameters and no weights yet; newest last."
+    """Run folders in `home`, started at or after a time, that have parameters and no weights yet; newest last.
+    An encoder that is searched with as it is has no epochs, and never weights of its own."""
     begun = [path for path in Path(home).glob("*/config.json") if path.stat().st_mtime >= since]
+    begun = [path for path in begun if read_json(path, kind=dict).get("method") != "zero_shot"]
     open_ones = [path for path in begun if not (path.parent / "model.safetensors").exists()]
     return [path.parent for path in sorted(open_ones, key=lambda path: path.stat().st_mtime)]
 
 # %% ../nbs/ideas/01_terminal.ipynb #3312ac9d
 def how_to_go_on(folder: Path) -> str:
     "Where an unfinished training lies, and the words that resume it."
+    here, folder = Path.cwd(), Path(folder).absolute()
+    if folder.is_relative_to(here): folder = folder.relative_to(here)
     again = f"the same command with -p run_dir {folder} goes on after its last epoch"
     return f"run folder {folder}; should it be stopped, {again}"
 

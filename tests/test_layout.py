@@ -18,7 +18,7 @@ ALLOWED = {
     "files": set(),
     "static": set(),
     "core": {"files", "static"},
-    "terminal": {"core"},
+    "terminal": {"core", "files"},
     "retrieval": set(),
     "metrics": {"retrieval"},
     "losses": set(),

@@ -81,7 +81,7 @@ def test_a_stop_ends_the_kernel_and_says_how_to_go_on(notebook, tmp_path):
     running.send_signal(signal.SIGINT)
     told = lines(running.communicate(timeout=60)[1])
     assert running.returncode == 130 and "stopped" in " ".join(told)
-    assert f"-p run_dir {run}" in told[-1]
+    assert f"-p run_dir {run.relative_to(tmp_path)}" in told[-1]
     assert children and not any(alive(child) for child in children)
 
 

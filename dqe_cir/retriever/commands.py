@@ -7,7 +7,7 @@ __all__ = ['PAGE', 'MESSAGE_BYTES', 'EXAMPLES', 'MODEL', 'indexed', 'answer_line
            'new_command', 'parser', 'run', 'one_line_warning', 'main']
 
 # %% ../../nbs/retriever/12_commands.ipynb #9eb1f33f
-import argparse, contextlib, json, shlex, subprocess, sys, tempfile, warnings
+import argparse, contextlib, json, os, shlex, subprocess, sys, tempfile, warnings
 from pathlib import Path
 
 from transformers.utils import logging
@@ -21,11 +21,11 @@ from .share import main as export
 from ..terminal import Progress
 
 # %% ../../nbs/retriever/12_commands.ipynb #578b543b
-def indexed(model: str, folder: str, device: str = "auto") -> Retriever:
+def indexed(model: str, folder: str, device: str = "auto", encoder: str = "") -> Retriever:
     """A retriever that searches the pictures below a folder; what it found is said on stderr. `model` is a
     run, an exported folder, `garments` for the shipped one, or empty: the newest run, else the shipped."""
     logging.disable_progress_bar()  # of the library, for weights that are read in no time
-    retriever = Retriever.load(model, device)
+    retriever = Retriever.load(model, device, encoder)
     with Progress(desc="indexing", unit="pictures", disable=None) as bar:
         def shown(done, total):
             bar.total = total
@@ -45,15 +45,17 @@ def answer_lines(results: list[Result], as_json: bool = False) -> str:
     return "\n".join(f"{row['rank']:>4}  {row['score']:.4f}  {row['path']}" for row in found)
 
 # %% ../../nbs/retriever/12_commands.ipynb #6f1afe76
-PAGE = """from dqe_cir.retriever import Retriever, SearchPage
-page = SearchPage(Retriever.load({model!r}))
+PAGE = """import os
+os.chdir({here!r})
+from dqe_cir.retriever import Retriever, SearchPage
+page = SearchPage(Retriever.load({model!r}, encoder={encoder!r}))
 display(page.widget)
 page.open({gallery!r})"""
 
-def page_notebook(folder: Path, model: str, gallery: str) -> Path:
-    "Write the notebook that `serve` shows."
+def page_notebook(folder: Path, model: str, gallery: str, encoder: str = "") -> Path:
+    "Write the notebook that `serve` shows; names in it are those of the folder that people are in."
     cell = dict(cell_type="code", execution_count=None, id="page", metadata={}, outputs=[],
-                source=PAGE.format(model=model, gallery=gallery))
+                source=PAGE.format(here=os.getcwd(), model=model, gallery=gallery, encoder=encoder))
     kernel = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
     notebook = dict(cells=[cell], metadata=kernel, nbformat=4, nbformat_minor=5)
     return write_json(folder / "search.ipynb", notebook)
@@ -67,12 +69,12 @@ def serve_command(notebook: Path, more: list[str]) -> list[str]:
             f"--Voila.tornado_settings={json.dumps({'websocket_max_message_size': MESSAGE_BYTES})}", *more]
 
 # %% ../../nbs/retriever/12_commands.ipynb #c009073c
-def serve(model: str, gallery: str, more: list[str]) -> int:
+def serve(model: str, gallery: str, more: list[str], encoder: str = "") -> int:
     "Show the search page until it is stopped. `DataError` without voila."
     if version_of("voila") is None:
-        raise DataError("the page without code is shown by voila, which is not installed: pip install voila")
+        raise DataError("the page is shown by voila, which is not installed: pip install dqe-cir[app]")
     with tempfile.TemporaryDirectory() as folder:
-        command = serve_command(page_notebook(Path(folder), model, gallery), more)
+        command = serve_command(page_notebook(Path(folder), model, gallery, encoder), more)
         with contextlib.suppress(KeyboardInterrupt): return subprocess.call(command)
     return 0
 
@@ -90,6 +92,7 @@ def new_command(commands, name: str, told: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=told, description=f"{told[0].upper()}{told[1:]}.",
                                   epilog=f"example: {EXAMPLES[name]}")
     command.add_argument("--model", default="", help=MODEL)
+    command.add_argument("--encoder", default="", help="where the model's encoder lies, if it has moved")
     return command
 
 # %% ../../nbs/retriever/12_commands.ipynb #0f3cc4d3
@@ -115,8 +118,8 @@ def parser() -> argparse.ArgumentParser:
 # %% ../../nbs/retriever/12_commands.ipynb #02ad7717
 def run(chosen: argparse.Namespace, more: list[str]) -> int:
     "Do what was typed."
-    if chosen.command == "serve": return serve(chosen.model, chosen.gallery, more)
-    retriever = indexed(chosen.model, chosen.folder, chosen.device)
+    if chosen.command == "serve": return serve(chosen.model, chosen.gallery, more, chosen.encoder)
+    retriever = indexed(chosen.model, chosen.folder, chosen.device, chosen.encoder)
     if chosen.command == "search":
         found = retriever.search(chosen.reference, chosen.text, chosen.k)
         print(answer_lines(found, chosen.json))

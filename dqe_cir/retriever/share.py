@@ -62,10 +62,13 @@ def licence_notes(config) -> list[str]:
 
 # %% ../../nbs/retriever/07_share.ipynb #2a12c22d
 def training_command(config) -> str:
-    "The papermill line that trains this model again: every parameter that differs from the defaults."
+    """The papermill line that trains such a model again: every parameter that differs from the defaults. What
+    only the trainer has, an encoder or data of one's own, stands as PLACE and DIR."""
     standard = asdict(train_config({"dataset": config.dataset, "method": config.method}))
     given = {name: value for name, value in asdict(config).items()
              if value != standard[name] and name not in ELSEWHERE}
+    if config.encoder.startswith(CONTENT): given["encoder"] = "PLACE"
+    if config.dataset == "custom": given["data_root"] = "DIR"
     words = ["papermill nbs/train.ipynb out.ipynb", f"-p dataset {config.dataset} -p method {config.method}"]
     return " ".join(words + [f"-p {name} {shlex.quote(str(value))}" for name, value in given.items()])
 
@@ -101,7 +104,7 @@ def card_rows(retriever: Retriever) -> list[str]:
     if isinstance(config, ZeroShotConfig):
         rows.insert(0, f"| method | zero_shot, query: {retriever.method.query}; nothing was trained |")
     else:
-        rows = [f"| data | {config.dataset}{DATA_NOTES.get(record.get('data'), '')} |",
+        rows = [f"| data | {record.get('title') or config.dataset}{DATA_NOTES.get(record.get('data'), '')} |",
                 f"| method | {config.method}, seed {config.seed}, {config.epochs} epochs |", *rows,
                 f"| trained by | `{training_command(config)}` |"]
     made = record.get("environment", {})
@@ -140,7 +143,7 @@ def eval_results(record: dict) -> list[EvalResult]:
 def card_head(retriever: Retriever) -> ModelCardData:
     "What the hub reads of a card: library, licence, tags, data, base model and figures."
     config, spec = retriever.shared_config, SPECS.get(retriever.config.dataset)
-    real = spec and retriever.record.get("data") not in ("sample", None)
+    real = spec and retriever.record.get("data") not in ("sample", "custom", None)
     ours = config.encoder == "mini" and (spec is None or spec.drawn)
     hub_ids = [part for part in config.encoder.split("+") if re.fullmatch(r"[\w.-]+/[\w.-]+", part)]
     tags = ["composed-image-retrieval", "image-retrieval", config.method, "pytorch_model_hub_mixin",
@@ -247,9 +250,10 @@ def from_pretrained(cls: Retriever, pretrained_model_name_or_path: str | Path, *
     return retriever
 
 # %% ../../nbs/retriever/07_share.ipynb #f4225cfa
-def export(run: Path | str, folder: Path | str, progress: Callable | None = None) -> Path:
-    "Write the exported folder of a finished run, with the index of validation pictures if these are drawn."
-    retriever = Retriever.load(run)
+def export(run: Path | str, folder: Path | str, progress: Callable | None = None, encoder: str = "") -> Path:
+    """Write the exported folder of a finished run, with the index of validation pictures if these are drawn;
+    `encoder` is where that of the run lies now, if it has moved."""
+    retriever = Retriever.load(run, encoder=encoder)
     spec = SPECS.get(retriever.config.dataset)
     if spec and spec.drawn:
         retriever.index(garments_at_once("val", retriever.config.size), progress=progress)
@@ -264,8 +268,9 @@ def main(arguments: list[str] | None = None) -> int:
     command = parser.add_subparsers(required=True).add_parser("export", help=told)
     command.add_argument("run", help="the run folder")
     command.add_argument("folder", help="the folder to write")
+    command.add_argument("--encoder", default="", help="where the run's encoder lies, if it has moved")
     chosen = parser.parse_args(arguments)
-    try: folder = export(chosen.run, chosen.folder)
+    try: folder = export(chosen.run, chosen.folder, encoder=chosen.encoder)
     except ValueError as problem:
         print(problem, file=sys.stderr)
         return 1

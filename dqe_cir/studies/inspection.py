@@ -24,6 +24,7 @@ from ..data.base import CIRDataset
 from ..data.garments.draw import ATTRIBUTES
 from ..evaluator.scoring import Evaluation, GalleryScores, score_dataset
 from ..methods.base import Method
+from ..methods.zoo import TRAIN_FREE
 from ..sampler import Sampler, around, possible_negatives, relative_scores, spread_over
 from ..show.figures import COLOURS, data_title, text_table
 from ..show.sheets import contact_sheet
@@ -43,7 +44,10 @@ def inspect_config(values: dict) -> InspectConfig:
     config = checked(InspectConfig, values)
     asked = {field.name: getattr(config, field.name) for field in dataclasses.fields(EvaluateConfig)}
     if config.other: read_config(Path(config.other))
-    return InspectConfig(**vars(evaluation_config(asked)), other=config.other)
+    found = InspectConfig(**vars(evaluation_config(asked)), other=config.other)
+    if read_config(Path(found.run_dir))["method"] in TRAIN_FREE:
+        raise ValueError(f"run_dir={found.run_dir} is an encoder without training: there is no run to see")
+    return found
 
 # %% ../../nbs/studies/04_inspection.ipynb #73af6c57
 def run_names(config: InspectConfig) -> tuple[str, ...]:

@@ -90,6 +90,7 @@ def evaluation_config(values: dict) -> EvaluateConfig:
     folder = run_to_evaluate(config.run_dir)
     trained = read_config(folder)
     known = {name: getattr(config, name) or trained.get(name, "") for name in ("dataset", "size")}
+    if trained.get("method") in TRAIN_FREE: known["dataset"] = config.dataset or "garments"
     trains_on = SPECS[known["dataset"]].trains_on if known["dataset"] in SPECS else ""
     if trained["dataset"] in (known["dataset"], trains_on):
         known["data_root"] = config.data_root or trained.get("data_root", "")  # where the run had its data

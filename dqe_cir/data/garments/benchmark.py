@@ -258,7 +258,7 @@ def render_all(
     jobs = [(str(folder / f"{name}.png"), tuple(asdict(garment).values()), name, seed)
             for name, garment in images.items()]
     workers = workers or (min(os.cpu_count() or 1, 8) if len(jobs) >= 1000 else 1)
-    with Progress(total=len(jobs), desc="drawing garments", disable=not progress) as bar:
+    with Progress(total=len(jobs), desc="drawing garments", unit="pictures", disable=not progress) as bar:
         if workers == 1:
             for job in jobs:
                 render(job)
