@@ -121,7 +121,7 @@ def test_the_card_is_read_by_the_hubs_library(trained, shared):
     assert "composed-image-retrieval" in card.data.tags and card.data.get("base_model") is None
     [found] = card.data.eval_results
     assert (found.metric_name, found.metric_value, found.dataset_args) == ("R@10", 10.0, {"protocol": "p"})
-    assert found.dataset_split == "val" and "encoder=PLACE" in card.text and "-p encoder content:" in card.text
+    assert found.dataset_split == "val" and "encoder=PLACE" in card.text and "-p encoder PLACE" in card.text
 
 
 @pytest.mark.parametrize("name, base", [("owner/model", ["owner/model"]), ("owner/resnet+owner/roberta", ["owner/resnet", "owner/roberta"]), ("mini", None)])

@@ -46,7 +46,7 @@ def shared_config(self: Retriever) -> TrainConfig:
     name = self.config.encoder
     if is_place(name): name = f"{CONTENT}{self.method.stands_on or 'unknown'}"
     here = dict(run_dir="", data_root="", device="auto", start_from="", tokens_on="auto",
-                processes=1)
+                log_to="", processes=1)
     return replace(self.config, encoder=name, **here)
 
 # %% ../../nbs/retriever/07_share.ipynb #b42c8e9c

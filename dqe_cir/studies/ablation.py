@@ -145,7 +145,7 @@ def warm_up_key(config: TrainConfig) -> str | None:
     if not mines or config.warm_up not in AFTER_WARM_UP: return None
     if not 0 < config.warmup_epochs < config.epochs: return None
     values = dataclasses.asdict(config).items()
-    later = (*AFTER_WARM_UP[config.warm_up], "run_dir", "tokens_on", "processes")
+    later = (*AFTER_WARM_UP[config.warm_up], "run_dir", "tokens_on", "log_to", "processes")
     before = {name: value for name, value in values if name not in later}
     return hashlib.blake2b(repr(sorted(before.items())).encode(), digest_size=6).hexdigest()
 
@@ -386,7 +386,8 @@ def run_job(job: Job, commit: str | None = None) -> dict:
 # %% ../../nbs/studies/01_ablation.ipynb #33980995
 def parameters(config: TrainConfig) -> dict:
     "The parameters that make a run what it is: those that its method reads, less folders and devices."
-    hidden = {"run_dir", "data_root", "device", "tokens_on", "processes", "seed", *unread(config)}
+    hidden = {"run_dir", "data_root", "device", "tokens_on", "log_to", "processes", "seed",
+              *unread(config)}
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in hidden}
 
 # %% ../../nbs/studies/01_ablation.ipynb #63a57b2a

@@ -83,6 +83,7 @@ class TrainConfig(PairOptions, ReadingOptions):
     size: str = "full"  # drawn data: full or smoke
     device: str = "auto"
     tokens_on: str = "auto"  # where image tokens are kept: auto, device, memory or disk
+    log_to: str = ""  # who is told of the events as well: tensorboard, trackio or wandb
 
 # %% ../../nbs/trainer/02_config.ipynb #7967c56a
 def form_of(config) -> type[Method]:
@@ -158,6 +159,7 @@ def choices(config: TrainConfig) -> dict[str, tuple[str, ...]]:
     spec = SPECS.get(config.dataset, SPECS[trainable[0]])
     return {"dataset": trainable, "method": tuple(METHODS), "form": ("shared", "native"),
             "size": ("full", "smoke"), "precision": tuple(DTYPES), "tokens_on": tuple(PLACES),
+            "log_to": ("", "tensorboard", "trackio", "wandb"),
             "evaluate_on": spec.held_out,
             "negatives": tuple(SAMPLERS), "zone": tuple(ZONES), "zone_on": ("query", "target"),
             "batches": ("plain", "trns"), "attribute_mode": MODES, "sub_query": SUB_QUERIES,

@@ -29,6 +29,7 @@ from .runs import read_weights, save_weights
 from .start import begin, check_begun, take_words
 from .step import Stepper, plain_terms, quick_products, stage_factor
 from .step import training_step
+from .trackers import followed
 
 # %% ../../nbs/trainer/06_loop.ipynb #b368ac49
 def epoch_steps(data: TrainingSet, config: TrainConfig, epoch: int) -> list[list[list[int]]]:
@@ -225,7 +226,8 @@ def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int |
     check_begun(method, run)
     if run.finished: return read_finished(method, data, run)
     alone = owned(run.folder, "wait for it, or choose another run_dir")
-    with alone if processes.main else contextlib.nullcontext():
+    with alone if processes.main else contextlib.nullcontext(), contextlib.ExitStack() as rest:
+        if processes.main: rest.enter_context(followed(run))
         return fit_alone(method, data, run, evaluate, until, processes)
 
 # %% ../../nbs/trainer/06_loop.ipynb #45498464

@@ -31,7 +31,8 @@ from .step import Stepper, checkpoint_layers
 
 # %% ../../nbs/trainer/05_runs.ipynb #a2dac815
 # where a run lies and computes is not what it is; what its recipe is called is not what that sets
-ELSEWHERE = ("run_dir", "data_root", "device", "tokens_on", "processes", "recipe", "start_from")
+ELSEWHERE = ("run_dir", "data_root", "device", "tokens_on", "log_to", "processes", "recipe",
+             "start_from")
 
 def differences(one: dict, other: dict) -> str:
     "The names of the parameters in which a run differs from another, less those of `ELSEWHERE`."
@@ -43,6 +44,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, folder: Path):
         self.config, self.folder = config, Path(folder)
+        self.tracker = None  # who else is told of the events
         settings = dataclasses.asdict(config)
         if not (self.folder / "config.json").exists():
             write_json(self.folder / "config.json", settings)
@@ -144,8 +146,9 @@ def events(self: Run) -> list[dict]:
 # %% ../../nbs/trainer/05_runs.ipynb #1d407ac5
 @patch
 def log(self: Run, kind: str, **event) -> None:
-    "Append an event."
+    "Append an event, and tell it to the tracker if there is one."
     append_jsonl(self.folder / "metrics.jsonl", kind=kind, **event)
+    if self.tracker: self.tracker(kind, event)
 
 # %% ../../nbs/trainer/05_runs.ipynb #747dbc6b
 @patch
