@@ -91,8 +91,8 @@ def free_name(path: Path) -> Path:
 
 # %% ../nbs/ideas/01_terminal.ipynb #b6aa0962
 def unfinished(home: Path, since: float = 0.0) -> list[Path]:
-    """Run folders in `home`, started at or after a time, that have parameters and no weights yet; newest last.
-    An encoder that is searched with as it is has no epochs, and never weights of its own."""
+    """Run folders in `home`, started at or after a time, that have parameters and no weights yet; newest
+    last. An encoder that is searched with as it is has no epochs, and never weights of its own."""
     begun = [path for path in Path(home).glob("*/config.json") if path.stat().st_mtime >= since]
     begun = [path for path in begun if read_json(path, kind=dict).get("method") != "zero_shot"]
     open_ones = [path for path in begun if not (path.parent / "model.safetensors").exists()]
@@ -162,8 +162,8 @@ def is_runner(notebook: dict) -> bool:
 
 # %% ../nbs/ideas/01_terminal.ipynb #24d6a840
 def clean_on_save(model: dict, path: str, contents_manager=None, **more) -> None:
-    """Jupyter's hook before a save: a runner in `nbs/` is saved without outputs, and no notebook there with more
-    than the name of its kernel."""
+    """Jupyter's hook before a save: a runner in `nbs/` is saved without outputs, and no notebook there with
+    more than the name of its kernel."""
     if model.get("type") != "notebook" or not path.strip("/").startswith("nbs/"): return
     notebook = model["content"]
     kernel = dict(display_name="python3", language="python", name="python3")

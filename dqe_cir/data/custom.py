@@ -73,7 +73,8 @@ def parquet_rows(path: Path) -> list[tuple[int, dict]]:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
     except ImportError:
-        raise DataError(f"{path} needs pyarrow: pip install dqe-cir[parquet], or save it as triplets.csv") from None
+        advice = "pip install dqe-cir[parquet], or save it as triplets.csv"
+        raise DataError(f"{path} needs pyarrow: {advice}") from None
     try:
         return list(enumerate(read_table(io.BytesIO(read_bytes(path, ASK))).to_pylist(), 1))
     except ArrowException as problem:

@@ -36,7 +36,8 @@ def line_figure(series: dict[str, tuple[list, list]], title: str, x: str, y: str
     return figure
 
 # %% ../../nbs/show/01_figures.ipynb #44f8cb8f
-def side_by_side(series: dict[str, tuple[list, list]], title: str, x: str, y: str, across: int = 3) -> go.Figure:
+def side_by_side(series: dict[str, tuple[list, list]], title: str, x: str, y: str,
+                 across: int = 3) -> go.Figure:
     "Named series, each on axes of its own, since one may be a hundred times as large as another."
     rows = -(-len(series) // across)
     figure = make_subplots(rows, min(len(series), across), subplot_titles=list(series))

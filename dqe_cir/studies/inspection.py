@@ -39,6 +39,7 @@ class InspectConfig(EvaluateConfig):
     "Every parameter of an inspection; empty means: as in the run."
     other: str = ""
 
+# %% ../../nbs/studies/04_inspection.ipynb #bf1e4bee
 def inspect_config(values: dict) -> InspectConfig:
     "The resolved `InspectConfig`; an unknown parameter or a folder that holds no run raises `ValueError`."
     config = checked(InspectConfig, values)
@@ -229,6 +230,7 @@ def row_percent(table: torch.Tensor) -> list[list[int | None]]:
     return [[round(100 * count / sum(line)) if sum(line) else None for count in line]
             for line in table.tolist()]
 
+# %% ../../nbs/studies/04_inspection.ipynb #3049073f
 def confusion_title(name: str, kind: str, table: torch.Tensor) -> str:
     "What a heat map shows, and how much of it is right."
     right = f"{100 * table.trace() / table.sum():.0f} % right" if table.sum() else "no queries"
@@ -265,6 +267,7 @@ def quality(result: Evaluation) -> torch.Tensor:
     precision = result.measures.get("average_precision")
     return -result.measures["rank"].float().log2() if precision is None else 100 * precision
 
+# %% ../../nbs/studies/04_inspection.ipynb #f5aa0538
 def worst_rows(result: Evaluation, count: int) -> list[int]:
     "The `count` worst queries by the rule."
     good, rank = quality(result).tolist(), result.measures["rank"].tolist()
@@ -276,6 +279,7 @@ def score_note(result: Evaluation, row: int) -> str:
     precision, rank = result.measures.get("average_precision"), int(result.measures["rank"][row])
     return f"target at {rank}" if precision is None else f"AP {100 * precision[row]:.0f}, target at {rank}"
 
+# %% ../../nbs/studies/04_inspection.ipynb #ed7a2e83
 def worst_sheet(dataset: CIRDataset, result: Evaluation, count: int = 8) -> Image.Image:
     "The worst queries and what was found for them."
     rows = worst_rows(result, count)
@@ -310,6 +314,7 @@ def gains(one: Evaluation, other: Evaluation) -> torch.Tensor:
     where AP is unknown."""
     return quality(other) - quality(one)
 
+# %% ../../nbs/studies/04_inspection.ipynb #6916c063
 def verdict_counts(one: Evaluation, other: Evaluation) -> str:
     "How many queries got better and worse, and by how much on the mean."
     gain, unit = gains(one, other), "halvings of the rank"
