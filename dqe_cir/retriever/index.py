@@ -405,9 +405,12 @@ def content_keys(files: Mapping[str, Path], unreadable: dict[str, str]) -> dict[
 
 # %% ../../nbs/retriever/04_index.ipynb #53f4a32a
 def source_name(source: Path | str | CIRDataset) -> str:
-    "What an index remembers as its source: the path of a folder, or a data set's folder and split."
-    if isinstance(source, CIRDataset): return f"{source.root.name} {source.split}"
-    return str(Path(source).expanduser().resolve())
+    """What an index remembers as its source: the path of a folder; of a data set the split too. Drawn data
+    are the same wherever they lie: of their folder the name alone counts."""
+    if not isinstance(source, CIRDataset): return str(Path(source).expanduser().resolve())
+    spec = SPECS.get(source.name)
+    place = source.root.name if spec and spec.drawn else source.root.resolve()
+    return f"{place} {source.split}"
 
 # %% ../../nbs/retriever/04_index.ipynb #639c210b
 def pictures_of(source: Path | str | CIRDataset) -> Pictures:

@@ -613,7 +613,8 @@ def tell_lesson(self: SearchPage, reference, step: Step) -> None:
     pushed = ", ".join(map(readable_name, lesson.negatives)) or "nothing"
     told = f"“{escape(lesson.text)}” → {readable_name(lesson.target)}; pushed away: {pushed}"
     self.why["lesson"] = f"<b>Nearest training query</b> (cosine {lesson.likeness:.2f}): {told}"
-    if not SPECS[config.dataset].drawn: return  # pictures of other training sets are not kept with the model
+    spec = SPECS.get(config.dataset)
+    if not spec or not spec.drawn: return  # pictures of other training sets are not kept with the model
     self.why["strip"] = self.number(lesson_strip(lesson, self.retriever.taught_picture))
 
 # %% ../../nbs/retriever/09_page.ipynb #83f8ca83
