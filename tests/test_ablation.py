@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dqe_cir.studies.ablation import AFTER_WARM_UP, CONDITIONS, QUERIES, STUDENT, Job, against_table, condition_of, difference_table
-from dqe_cir.studies.ablation import excluding_pairs, in_batch_false_negatives, interval, over_queries, paired, query_values, run_study
+from dqe_cir.studies.ablation import excluding_pairs, in_batch_false_negatives, interval, made_now, over_queries, paired, parameters, query_values, run_study
 from dqe_cir.studies.ablation import seed_spread, share_above, study_config, study_jobs, study_record, values_of, walk, warm_up_key
 from dqe_cir.data import load_dataset
 from dqe_cir.trainer import TrainConfig, train_config
@@ -118,6 +118,19 @@ def test_a_condition_may_be_changed_by_name():
     assert condition_of("paper+lr=0.001+zone_on=target") == CONDITIONS["paper"] | dict(lr=0.001, zone_on="target")
     assert study_config({"conditions": "trns,trns+lr=0.001"}).named["trns+lr=0.001"]["lr"] == 0.001
     with pytest.raises(ValueError, match="unknown condition 'nobody'"): study_config({"conditions": "nobody+lr=1"})
+
+
+@pytest.mark.parametrize("change", ["start_from=garments", "processes=2"])
+def test_runs_of_a_study_begin_from_nothing_and_train_alone(change):
+    name = f"dqe_cir+{change}"
+    with pytest.raises(ValueError, match=f"has {change}: the runs of a study begin from nothing and train alone"):
+        study_jobs("runs/some", {name: condition_of(name)}, [0], {})
+
+
+def test_a_study_of_some_categories_is_made_from_these(home):
+    dress, every = (train_config(dict(method="info_nce", dataset="fashioniq", size="smoke", categories=some)) for some in ("dress", ""))
+    assert made_now(dress)["annotations"] != made_now(every)["annotations"] and made_now(dress)["encoder"] == made_now(every)["encoder"]
+    assert parameters(dress)["categories"] == "dress" and "start_from" not in parameters(dress)
 
 
 @given(st.lists(st.lists(st.floats(10, 90), min_size=2, max_size=5), min_size=1, max_size=5), st.floats(-9, 9))

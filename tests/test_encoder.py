@@ -583,6 +583,13 @@ def test_one_line_says_where_tokens_are_kept_and_why(tiny, pictures, tmp_path, m
     assert "0.0 MB of tokens stay in memory (auto takes at most half of what is free: 8.0 GB in memory)\n" in capsys.readouterr().out
 
 
+def test_auto_counts_on_a_share_of_the_memory_where_several_processes_keep_tokens(tiny, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("dqe_cir.encoder.tokens.free_bytes", lambda device: {"memory": 8000})
+    def place(**asked): return cache_tokens(tiny, pictures, tmp_path / "tokens", progress=False, **asked).tokens
+    assert not isinstance(place(), StoredRows) and isinstance(place(processes=2), StoredRows)
+    assert not isinstance(place(processes=2, on="memory"), StoredRows), "as asked"
+
+
 def test_a_store_is_not_removed_while_another_process_reads_it(checkpoint, tiny, pictures, tmp_path, capsys):
     script = """
 import sys

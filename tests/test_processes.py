@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from helpers import ROOT, papermill
 
 from dqe_cir.data import load_dataset
 from dqe_cir.encoder import MINI, cache_tokens
+from dqe_cir.encoder.tokens import StoredRows
 from dqe_cir.files import read_jsonl, write_json
-from dqe_cir.trainer import build_method, fit, train_config, training_set
+from dqe_cir.trainer import build_method, fit, launching, loop, train_config, training_set
 from dqe_cir.trainer.launching import shared_run, together
 from dqe_cir.trainer.processes import joined
 from dqe_cir.trainer.step import Stepper
@@ -198,3 +200,32 @@ def test_the_notebook_starts_them(home, still, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "run" / "results.json").read_text())
     assert record["metrics"]["R@10"] > 0 and "Launching training on 2" in (tmp_path / "train.ipynb").read_text()
+
+
+# ---- what a command is asked for reaches the training, and what is wrong is said before there is a folder
+
+def test_categories_and_the_place_of_tokens_reach_the_training(home, tmp_path, monkeypatch):
+    seen = []
+    for place in (launching, loop): monkeypatch.setattr(place, "fit", lambda method, data, *rest, **more: seen.append(data))
+    asked = dict(method="info_nce", dataset="fashioniq", size="smoke", categories="dress", tokens_on="disk", device="cpu")
+    launching.train(train_config(asked | {"run_dir": str(tmp_path / "run")}))
+    loop.smoke_run(**asked)
+    for data in seen:
+        assert set(data.dataset.galleries) == {"dress"} and isinstance(data.tokens.tokens, StoredRows)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("wrong, said", [(dict(dataset="cirr", data_root="/nowhere"), "/nowhere"), (dict(start_from="/nowhere"), "start_from=/nowhere is no run"),
+                                         (dict(start_from="garments", method="info_nce"), "start_from=garments holds weights of method dqe_cir, not info_nce")])
+def test_a_command_that_cannot_begin_says_so_in_one_line_and_leaves_no_folder(wrong, said, tmp_path, capsys):
+    assert launching.main(words(**wrong, run_dir=tmp_path / "run")) == 1
+    out, problem = capsys.readouterr()
+    assert said in problem and problem.count("\n") == 1 and not out and not (tmp_path / "run").exists()
+
+
+def test_a_command_says_what_it_begins_from_and_how_a_stopped_one_goes_on(tmp_path, capsys, monkeypatch, home):
+    monkeypatch.setattr(launching, "fit", mock.Mock(side_effect=KeyboardInterrupt))
+    assert launching.main(words(start_from="garments", size="smoke", device="cpu", run_dir=tmp_path / "run")) == 130
+    out, problem = capsys.readouterr()
+    assert out.startswith("begins from garments (dqe_cir on ") and f"\nrun folder: {tmp_path / 'run'}\n" in out
+    assert problem.endswith("stopped; finished epochs are kept: start it again with its run_dir, in as many processes as you like\n")

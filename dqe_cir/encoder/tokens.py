@@ -382,18 +382,21 @@ def waiting_for(holder: str, progress: bool) -> None:
 
 # %% ../../nbs/encoder/03_tokens.ipynb #a624a7c6
 def cache_tokens(encoder: Blip2Encoder, sources, folder: Path | None = None, batch_size: int = 64,
-                 progress: bool = True, on: str = "auto") -> TokenCache:
+                 progress: bool = True, on: str = "auto", processes: int = 1) -> TokenCache:
     """The tokens of data sets (or of a dictionary id to path), computed where they are not stored or damaged.
 
     They are stored in `folder`, else in `tokens` of the data folder, and kept on the device, in memory or on
-    disk: `on` names one of these, or auto. Pictures that do not exist, cannot be read or have tokens that are
-    not finite raise one `DataError`, after the tokens of all others were stored."""
+    disk: `on` names one of these, or auto, which counts on a share of the memory where so many `processes`
+    each keep them. Pictures that do not exist, cannot be read or have tokens that are not finite raise one
+    `DataError`, after the tokens of all others were stored."""
     paths, folder = image_paths(sources), Path(folder or data_folder() / "tokens")
     if not paths: raise DataError("no images to encode: the data set is empty")
     keys, wrong = content_keys(paths, folder)
     store = open_store(encoder, folder)
     needed = len(keys) * store.record.itemsize
-    place, why = place_for(on, needed, free_bytes(torch.device(encoder.device)))
+    free = free_bytes(torch.device(encoder.device))
+    if on == "auto": free["memory"] //= processes
+    place, why = place_for(on, needed, free)
     if progress: announced(why)
     found = store.find(keys.values(), check=place != "disk")
     missing = {key: paths[name] for name, key in keys.items() if key not in found}

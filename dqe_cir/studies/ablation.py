@@ -6,16 +6,17 @@
 __all__ = ['TERMS', 'NO_TERMS', 'TUNED', 'DQE', 'OURS', 'PLAIN', 'PAPER', 'SOURCES', 'FAMILIES', 'CONDITIONS', 'REASONS', 'MINED',
            'PAIRED', 'AFTER_WARM_UP', 'NAMED', 'QUERIES', 'COMMON', 'COMMITTED', 'SMALL', 'STUDENT', 'LANDMARKS',
            'MEASURES', 'read_change', 'condition_of', 'warm_up_key', 'share_above', 'suppression', 'named_values',
-           'excluding_pairs', 'confusion', 'in_batch_false_negatives', 'Job', 'unread', 'passed_on', 'study_jobs',
-           'load_sets', 'peak_memory', 'epochs_done', 'costs', 'walk', 'warm_up', 'start_from', 'package_commit',
-           'same_run', 'take_over', 'run_job', 'parameters', 'extra_measures', 'check_finished', 'check_made_from',
-           'made_now', 'fingerprints', 'run_study', 'without_bars', 'in_processes', 'kind_of', 'search_scores',
-           'search_table', 'best_rates', 'StudyConfig', 'recorded_conditions', 'at_home', 'read_record', 'check_record',
-           'check_study', 'as_texts', 'study_config', 'small_study', 'interval', 'values_of', 'shared_seeds', 'paired',
-           'mean_and_spread', 'summary_table', 'difference_table', 'outcome', 'finding', 'findings', 'query_values',
-           'over_queries', 'queries_table', 'kept_of', 'study_record', 'read_study', 'source_line', 'study_report',
-           'seed_spread', 'compare_run', 'against_table', 'against_report', 'check_against', 'telling_rows',
-           'side_by_side', 'draw_sheet', 'means_report', 'differences_report', 'sheet_of']
+           'excluding_pairs', 'confusion', 'in_batch_false_negatives', 'Job', 'unread', 'passed_on', 'check_alone',
+           'study_jobs', 'load_sets', 'peak_memory', 'epochs_done', 'costs', 'walk', 'warm_up', 'start_from',
+           'package_commit', 'same_run', 'take_over', 'run_job', 'parameters', 'extra_measures', 'check_finished',
+           'check_made_from', 'made_now', 'fingerprints', 'run_study', 'without_bars', 'in_processes', 'kind_of',
+           'search_scores', 'search_table', 'best_rates', 'StudyConfig', 'recorded_conditions', 'at_home',
+           'read_record', 'check_record', 'check_study', 'as_texts', 'study_config', 'small_study', 'interval',
+           'values_of', 'shared_seeds', 'paired', 'mean_and_spread', 'summary_table', 'difference_table', 'outcome',
+           'finding', 'findings', 'query_values', 'over_queries', 'queries_table', 'kept_of', 'study_record',
+           'read_study', 'source_line', 'study_report', 'seed_spread', 'compare_run', 'against_table', 'against_report',
+           'check_against', 'telling_rows', 'side_by_side', 'draw_sheet', 'means_report', 'differences_report',
+           'sheet_of']
 
 # %% ../../nbs/studies/01_ablation.ipynb #c96b4c61
 import contextlib, dataclasses, functools, hashlib, json, math, multiprocessing, os, re, shutil
@@ -257,15 +258,25 @@ def passed_on(common: dict, method: str) -> dict:
     ignored = unread(TrainConfig(method=method))
     return {name: value for name, value in common.items() if name not in ignored}
 
+# %% ../../nbs/studies/01_ablation.ipynb #f5c3e24f
+def check_alone(job: Job) -> None:
+    "`ValueError` for a run that begins from another one's weights, or trains in several processes."
+    for name, plain in dict(start_from="", processes=1).items():
+        value = getattr(job.config, name)
+        if value == plain: continue
+        raise ValueError(f"condition {job.condition} has {name}={value}: the runs of a study begin from "
+                         "nothing and train alone; leave it out")
+
 # %% ../../nbs/studies/01_ablation.ipynb #c790a347
 def study_jobs(study, conditions: dict[str, dict], seeds: list[int], common: dict) -> list[Job]:
     """All conditions with the first seed, then all with the second, and so on: a study that is stopped early
-    has whole rows."""
+    has whole rows. `ValueError` for a run that would begin from another, or train in several processes."""
     jobs = []
     for seed in seeds:
         for name, changes in conditions.items():
             start = passed_on(common, changes.get("method", TrainConfig.method))
             jobs.append(Job(str(study), name, train_config({**start, **changes, "seed": seed})))
+            check_alone(jobs[-1])
     return jobs
 
 # %% ../../nbs/studies/01_ablation.ipynb #79e4cef7
@@ -307,7 +318,7 @@ def walk(job: Job, folder: Path, until: int | None = None) -> tuple:
     "Train a job's configuration in a folder; returns method, training set, evaluation set, tokens and run."
     torch.set_num_threads(1)
     method, (train_set, test_set) = build_method(job.config), load_sets(job.config)
-    tokens = cache_tokens(method.encoder, [train_set, test_set], progress=False)
+    tokens = cache_tokens(method.encoder, [train_set, test_set], progress=False, on=job.config.tokens_on)
     data = training_set(job.config, train_set, tokens)
     run = Run(dataclasses.replace(job.config, run_dir=str(folder)), folder)
     device, done, start = next(method.parameters()).device, epochs_done(run), time.process_time()
@@ -386,8 +397,8 @@ def run_job(job: Job, commit: str | None = None) -> dict:
 # %% ../../nbs/studies/01_ablation.ipynb #33980995
 def parameters(config: TrainConfig) -> dict:
     "The parameters that make a run what it is: those that its method reads, less folders and devices."
-    hidden = {"run_dir", "data_root", "device", "tokens_on", "log_to", "processes", "seed",
-              *unread(config)}
+    elsewhere = {"run_dir", "data_root", "device", "tokens_on", "log_to", "processes", "start_from"}
+    hidden = {"seed", *elsewhere, *unread(config)}
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in hidden}
 
 # %% ../../nbs/studies/01_ablation.ipynb #63a57b2a
@@ -428,13 +439,14 @@ def check_made_from(jobs: list[Job]) -> None:
 def made_now(config: TrainConfig) -> dict[str, str]:
     "The fingerprints that a run with this configuration would have now."
     return fingerprints(config.dataset, config.data_root, config.size, config.annotators, config.encoder,
-                        config.method, config.form)
+                        config.method, config.form, config.categories)
 
 @functools.lru_cache
-def fingerprints(dataset: str, root: str, size: str, annotators: str, encoder: str, method: str, form: str):
+def fingerprints(dataset: str, root: str, size: str, annotators: str, encoder: str, method: str, form: str,
+                 categories: str):
     "The same by the parameters that decide it, each computed once in a process."
     config = train_config(dict(dataset=dataset, data_root=root, size=size, annotators=annotators,
-                               encoder=encoder, method=method, form=form))
+                               encoder=encoder, method=method, form=form, categories=categories))
     data = training_set(config, load_sets(config)[0], None)
     return data_fingerprint(data.dataset) | {"encoder": build_method(config).stands_on}
 

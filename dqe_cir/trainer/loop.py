@@ -236,7 +236,8 @@ SMOKE = {"size": "smoke", "epochs": 2, "batch_size": 16}
 def smoke_run(**changes) -> Path:
     "The folder of a run on the small garments, trained on the spot: two epochs, or with other parameters."
     run = open_run(train_config({**SMOKE, "evaluate_every": 0, **changes}), temporary=True)
-    dataset = load_dataset(run.config.dataset, split="train", size=run.config.size)
+    dataset = load_dataset(run.config.dataset, split="train", size=run.config.size,
+                           categories=run.config.categories)
     method = build_method(run.config)
     tokens = cache_tokens(method.encoder, dataset, progress=False, on=run.config.tokens_on)
     fit(method, training_set(run.config, dataset, tokens), run)

@@ -13,6 +13,7 @@ from ..encoder.blip2 import MINI
 from ..encoder.tokens import content_key
 from ..files import read_tensors, read_text, write_text
 from ..methods.base import Method
+from ..methods.zoo import TRAIN_FREE
 from .config import TrainConfig
 from .runs import AGAIN, CAME_FROM, ELSEWHERE, Run, aside, check_identity, is_run, load_state
 from .runs import made_from, read_config
@@ -25,6 +26,9 @@ def source_folder(source: str) -> Path:
     if not is_run(folder):
         raise ValueError(f"start_from={source} is no run and no exported model: name a folder that holds "
                          "config.json and model.safetensors, or garments for the model that ships")
+    if read_config(folder)["method"] in TRAIN_FREE:
+        raise ValueError(f"start_from={source} is an encoder as it is, and nothing was trained there: "
+                         "leave start_from out, and give -p encoder with its encoder")
     if (folder / "model.safetensors").exists(): return folder
     raise ValueError(f"start_from={source} is a run that has not ended (no model.safetensors): finish it")
 
