@@ -122,7 +122,7 @@ def picture_named(name: str, pictures: dict[str, Path], folder: Path, where: str
 # %% ../../nbs/data/07_custom.ipynb #0898d079
 def advice_on(name: str, pictures: dict[str, Path], folder: Path) -> str:
     "What to do about a name that no picture has, if something like it is there."
-    if "\0" not in name and (folder / name).is_file():
+    if "\0" not in name and os.path.isfile(folder / name):  # which bears a name that is too long
         return f"only {', '.join(PICTURE_SUFFIXES)} are read; convert {name}"
     stem = os.path.splitext(name)[0] if name.lower().endswith(PICTURE_SUFFIXES) else name
     below = [known for known in pictures if known.rpartition("/")[2] == stem]
@@ -153,7 +153,7 @@ def cell_text(cells: dict, name: str, where: str) -> str:
     "A cell as text without blanks at its ends, empty where there is none."
     value = cells.get(name)
     if value is None: return ""
-    if type(value) is int: value = str(value)
+    if type(value) is int and not name.startswith("text"): value = str(value)  # pictures may be numbered
     if isinstance(value, str): return value.strip()
     raise DataError(f"{where}: {name} must be text, not {told(value)}: correct it")
 
