@@ -71,7 +71,7 @@ def test_the_same_rows_as_jsonl_and_parquet(tmp_path):
     with pytest.raises(DataError, match="row 2, is not JSON"): load_dataset("custom", root, "train")
     (root / "triplets.jsonl").unlink()
     (root / "triplets.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match="needs pyarrow: pip install datasets|is no Parquet file"): load_dataset("custom", root, "train")
+    with pytest.raises(DataError, match="needs pyarrow: pip install dqe-cir|is no Parquet file"): load_dataset("custom", root, "train")
     pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     pq.write_table(pa.Table.from_pylist(rows), root / "triplets.parquet")
     assert [t.target for t in load_dataset("custom", root, "train").triplets] == [t.target for t in plain]

@@ -85,7 +85,7 @@ READERS = {"triplets.csv": csv_rows, "triplets.jsonl": jsonl_rows, "triplets.par
 
 def table_of(root: Path) -> Path:
     "The one table of a root; `DataError` where there is none, or more than one."
-    if len(str(root)) > 500: raise DataError(f"{str(root)[:100]}… is too long for a path: give another root")
+    if len(str(root)) > 500: raise DataError(f"{str(root)[:99]}… is too long for a path: give another root")
     names = names_in(root)
     found = [name for name in READERS if name in names]
     if len(found) > 1: raise DataError(f"{root} holds {' and '.join(found)}: keep one of them")
