@@ -2300,6 +2300,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'dqe_cir.static.numbered': ('ideas/static.html#numbered', 'dqe_cir/static.py'),
                                 'dqe_cir.static.picture_of': ('ideas/static.html#picture_of', 'dqe_cir/static.py'),
                                 'dqe_cir.static.plain': ('ideas/static.html#plain', 'dqe_cir/static.py'),
+                                'dqe_cir.static.small_png': ('ideas/static.html#small_png', 'dqe_cir/static.py'),
                                 'dqe_cir.static.text_place': ('ideas/static.html#text_place', 'dqe_cir/static.py'),
                                 'dqe_cir.static.with_lists': ('ideas/static.html#with_lists', 'dqe_cir/static.py')},
             'dqe_cir.studies.ablation': { 'dqe_cir.studies.ablation.Job': ('studies/ablation.html#job', 'dqe_cir/studies/ablation.py'),

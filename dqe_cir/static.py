@@ -6,7 +6,7 @@
 __all__ = ['CYCLE', 'DASHES', 'MARKS', 'STEPS', 'DRAWN', 'colour', 'colour_map', 'listed', 'text_place', 'draw_scatter',
            'draw_points', 'draw_errors', 'Bars', 'draw_bar', 'edges', 'draw_histogram', 'draw_box', 'draw_heat',
            'plain', 'numbered', 'dress', 'draw_shape', 'draw_words', 'Frame', 'check_drawn', 'names_shown', 'frame_of',
-           'draw_trace', 'draw_traces', 'picture_of', 'draw_legend', 'with_lists', 'PictureRenderer']
+           'draw_trace', 'draw_traces', 'small_png', 'picture_of', 'draw_legend', 'with_lists', 'PictureRenderer']
 
 # %% ../nbs/ideas/00_static.ipynb #950d8fd9
 import base64, io, math, re
@@ -18,6 +18,7 @@ import plotly.io as pio
 from matplotlib import colors
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from PIL import Image
 from plotly.io.base_renderers import MimetypeRenderer
 
 # %% ../nbs/ideas/00_static.ipynb #4b546609
@@ -319,6 +320,14 @@ def draw_traces(picture: Figure, frame: Frame, figure: go.Figure) -> dict:
         draw_trace(pairs[names], trace, cycle[number % len(cycle)], shared[names])
     return pairs
 
+# %% ../nbs/ideas/00_static.ipynb #ff8651b7
+def small_png(picture: Figure) -> bytes:
+    "A PNG with a palette, a quarter as large: notebooks are kept in git."
+    drawn, file = io.BytesIO(), io.BytesIO()
+    picture.savefig(drawn, format="png")
+    Image.open(drawn).convert("RGB").quantize(256).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
 # %% ../nbs/ideas/00_static.ipynb #bfa94932
 def picture_of(figure: go.Figure) -> bytes:
     "A PNG of a plotly figure, at its own size; `ValueError` for a kind of trace that is not drawn here."
@@ -334,9 +343,7 @@ def picture_of(figure: go.Figure) -> bytes:
     if layout.title.text:
         picture.text(0.03, 1 - 10 / frame.height, plain(layout.title.text), va="top", fontsize=11)
     draw_legend(picture, frame, figure, pairs)
-    with io.BytesIO() as file:
-        picture.savefig(file, format="png")
-        return file.getvalue()
+    return small_png(picture)
 
 # %% ../nbs/ideas/00_static.ipynb #77da414f
 def draw_legend(picture: Figure, frame: Frame, figure: go.Figure, pairs: dict) -> None:
