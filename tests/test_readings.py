@@ -233,7 +233,7 @@ def test_an_exported_folder_searches_as_the_run_does(whole, splits, tmp_path):
     name, method, run = whole
     retriever = Retriever.load(run.folder, "cpu")
     folder = retriever.save(tmp_path / "exported")
-    again = Retriever.load(folder, "cpu")
+    again = Retriever.load(folder, "cpu", encoder=RUN["encoder"])
     assert json.loads((folder / "vocabulary.json").read_text()) == json.loads((run.folder / "vocabulary.json").read_text())
     reference = splits[1].gallery[0]
     for side in (retriever, again): side.index(splits[1])
