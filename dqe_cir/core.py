@@ -125,7 +125,6 @@ def smoke() -> bool:
 def use_static_figures() -> str:
     "Let plotly figures carry a picture of themselves as well. Returns the renderer that is in use."
     import plotly.io as pio
-    from dqe_cir.static import PictureRenderer
-    pio.renderers["picture"] = PictureRenderer()
+    import dqe_cir.static  # which tells plotly of the renderer `picture`
     pio.renderers.default = "plotly_mimetype" if smoke() else "plotly_mimetype+picture"
     return pio.renderers.default
