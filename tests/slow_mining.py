@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dqe_cir.attributes import unit
 from dqe_cir.core import generator
 from dqe_cir.evaluator.scoring import encode_gallery, encode_queries
-from dqe_cir.sampler import Hardest, MidZone, Random, ScoreDropBand, candidates_below, drop_band, positions_below, possible_negatives, relative_scores, zone_ends
+from dqe_cir.sampler import Hardest, MidZone, Random, ScoreDropBand, candidates_below, positions_below, possible_negatives, relative_scores, zone_ends
 from dqe_cir.trainer import mining
 from dqe_cir.trainer.mining import DELTA_GRID, candidate_ids, rows_of, same_pictures, summed_up, valid_candidates
 
@@ -42,14 +42,7 @@ def hardest_zones(sampler, scores, target, valid):
 
 def drop_zones(sampler, scores, target, valid):
     relative_scores(scores, target)  # refuses NaN
-    zone = torch.zeros_like(valid)
-    ordered, order = scores.sort(dim=1, descending=True, stable=True)
-    rank = (order == target.unsqueeze(1)).int().argmax(1)
-    for row, first in enumerate((rank + 1).tolist()):
-        last = scores.shape[1] if sampler.window is None else min(scores.shape[1], first + sampler.window)
-        band = drop_band(ordered[row, :last], first, sampler.threshold)
-        if band: zone[row, order[row, band[0]:band[1] + 1]] = True
-    return [zone & possible_negatives(target, valid)]
+    return [sampler.walked(scores, target) & possible_negatives(target, valid)]
 
 
 def random_zones(sampler, scores, target, valid):

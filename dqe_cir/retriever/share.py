@@ -24,7 +24,7 @@ from .index import Retriever
 from .lessons import ROWS, TAUGHT, VECTORS, write_lessons
 from ..trainer.config import TrainConfig, ZeroShotConfig, train_config
 from ..trainer.runs import CAME_FROM, CONTENT, ELSEWHERE, MADE_FROM, aside, identity, made_from
-from ..trainer.runs import trained_state
+from ..trainer.runs import WHERE, trained_state
 
 # %% ../../nbs/retriever/07_share.ipynb #9f020759
 def is_place(name: str) -> bool:
@@ -45,9 +45,7 @@ def shared_config(self: Retriever) -> TrainConfig:
     "The parameters as they are handed on: no place of this machine, a local encoder by its content."
     name = self.config.encoder
     if is_place(name): name = f"{CONTENT}{self.method.stands_on or 'unknown'}"
-    here = dict(run_dir="", data_root="", device="auto", start_from="", tokens_on="auto",
-                log_to="", processes=1)
-    return replace(self.config, encoder=name, **here)
+    return replace(self.config, encoder=name, **{name: getattr(TrainConfig, name) for name in WHERE})
 
 # %% ../../nbs/retriever/07_share.ipynb #b42c8e9c
 MINI_LICENCE = "The small encoder is part of this repository, Apache-2.0."

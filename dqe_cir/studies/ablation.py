@@ -46,7 +46,7 @@ from ..trainer.batches import epoch_batches, training_set
 from ..trainer.config import TrainConfig, form_of, options_of, sometimes_read, train_config
 from ..trainer.loop import fit
 from ..trainer.runs import Run, build_method, data_fingerprint, differing, identity, load_run
-from ..trainer.runs import made_from
+from ..trainer.runs import WHERE, made_from
 
 # %% ../../nbs/studies/01_ablation.ipynb #c0ae37e0
 TERMS = dict(preference_weight=1.0, ranking_weight=0.5, attribute_weight=0.25)  # of the pairs
@@ -146,7 +146,7 @@ def warm_up_key(config: TrainConfig) -> str | None:
     if not mines or config.warm_up not in AFTER_WARM_UP: return None
     if not 0 < config.warmup_epochs < config.epochs: return None
     values = dataclasses.asdict(config).items()
-    later = (*AFTER_WARM_UP[config.warm_up], "run_dir", "tokens_on", "log_to", "processes")
+    later = (*AFTER_WARM_UP[config.warm_up], *WHERE)
     before = {name: value for name, value in values if name not in later}
     return hashlib.blake2b(repr(sorted(before.items())).encode(), digest_size=6).hexdigest()
 
@@ -397,8 +397,7 @@ def run_job(job: Job, commit: str | None = None) -> dict:
 # %% ../../nbs/studies/01_ablation.ipynb #33980995
 def parameters(config: TrainConfig) -> dict:
     "The parameters that make a run what it is: those that its method reads, less folders and devices."
-    elsewhere = {"run_dir", "data_root", "device", "tokens_on", "log_to", "processes", "start_from"}
-    hidden = {"seed", *elsewhere, *unread(config)}
+    hidden = {"seed", *WHERE, *unread(config)}
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in hidden}
 
 # %% ../../nbs/studies/01_ablation.ipynb #63a57b2a

@@ -22,6 +22,7 @@ from ..encoder.token_cache import TokenCache
 from ..methods.base import Batch, Method
 from .config import TrainConfig, form_of
 from .mining import NegativePool, SAMPLERS, VALUES
+from .processes import ALONE, Processes
 
 # %% ../../nbs/trainer/03_batches.ipynb #431fd98e
 def answer_groups(triplets: list[Triplet]) -> list[int]:
@@ -208,19 +209,24 @@ def negative_tokens(data: TrainingSet, rows: list[int], epoch: int, config: Trai
 
 # %% ../../nbs/trainer/03_batches.ipynb #5a0206be
 @patch
-def looked_at(self: TrainingSet, rows: list[int], epoch: int, config: TrainConfig) -> list[str]:
-    "Ids of the images of a batch: references and targets, then explicit negatives where it has some."
-    names = [name for row in rows for name in (self.triplets[row].reference, self.triplets[row].target)]
+def looked_at(self: TrainingSet, rows: list[int], epoch: int, config: TrainConfig,
+              held: slice = slice(None)) -> list[str]:
+    """Ids of the images of a batch, or of its rows `held`: references and targets, then explicit negatives
+    where it has some."""
+    chosen = [self.triplets[row] for row in rows[held]]
+    names = [name for triplet in chosen for name in (triplet.reference, triplet.target)]
     if not shows_negatives(config, epoch): return names
-    return names + [name for some in negative_names(self, rows, epoch, config) for name in some]
+    return names + [name for some in negative_names(self, rows, epoch, config)[held] for name in some]
 
 # %% ../../nbs/trainer/03_batches.ipynb #33d52f7c
 @patch
-def read_ahead(self: TrainingSet, batches: list[list[int]], epoch: int,
-               config: TrainConfig) -> Iterator[None]:
-    "Have the tokens of one batch of rows after another at hand: each `next` goes on to the following one."
+def read_ahead(self: TrainingSet, batches: list[list[int]], epoch: int, config: TrainConfig,
+               processes: Processes = ALONE) -> Iterator[None]:
+    """Have the tokens of a process's share of one batch of rows after another at hand: each `next` goes on to
+    the following one."""
     if not isinstance(self.tokens, TokenCache): return itertools.repeat(None)
-    return self.tokens.ahead(self.looked_at(rows, epoch, config) for rows in batches)
+    shares = ((rows, processes.held(len(rows))) for rows in batches)
+    return self.tokens.ahead(self.looked_at(rows, epoch, config, held) for rows, held in shares)
 
 # %% ../../nbs/trainer/03_batches.ipynb #41f4a20a
 def training_set(config: TrainConfig, dataset: CIRDataset, tokens) -> TrainingSet:

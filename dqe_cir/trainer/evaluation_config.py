@@ -103,12 +103,9 @@ def evaluation_config(values: dict) -> EvaluateConfig:
 # %% ../../nbs/trainer/07_evaluation_config.ipynb #fccc5f81
 def training_origin(folder: Path) -> dict[str, str]:
     "`trained_on`, the data set of a run, and `trained_data`, its kind; none for what was never trained."
-    record, remedy = Path(folder) / "results.json", "restore it, or delete it"
-    kind = made_from(folder).get("data")
-    if kind is None and record.exists(): kind = read_json(record, remedy, dict).get("data")
     config = read_config(folder)
     if config.get("method") in TRAIN_FREE: return {"trained_on": "", "trained_data": "none"}
-    return {"trained_on": config["dataset"], "trained_data": kind or "unknown"}
+    return {"trained_on": config["dataset"], "trained_data": made_from(folder).get("data", "unknown")}
 
 # %% ../../nbs/trainer/07_evaluation_config.ipynb #329e8fe4
 KINDS = {"sample": "GARMENTS SAMPLE", "unknown": "kind of data unknown"}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shared_run', 'both_splits', 'train', 'check_cards', 'free_port', 'how_it_ended', 'quiet_agent', 'together',
-           'train_together', 'meant', 'asked', 'train_from_here', 'main']
+           'train_together', 'meant', 'planned', 'asked', 'train_from_here', 'main']
 
 # %% ../../nbs/trainer/11_launching.ipynb #365f15e4
 import argparse, contextlib, dataclasses, logging, os, signal, socket, sys
@@ -22,6 +22,7 @@ from .loop import fit
 from .processes import ALONE, GO_ON, Processes, joined, launched
 from .runs import Run, build_method, check_place, open_run
 from .start import check_start, start_lines
+from .trackers import check_tracker
 
 # %% ../../nbs/trainer/11_launching.ipynb #7469e945
 def shared_run(config: TrainConfig, processes: Processes = ALONE) -> Run:
@@ -44,6 +45,7 @@ def train(config: TrainConfig) -> Run:
     with processes.first(): train_set, held_out = both_splits(config)
     run = shared_run(config, processes)
     method = build_method(config)
+    check_start(config, method)  # before all pictures are encoded
     with processes.first():
         tokens = cache_tokens(method.encoder, [train_set, held_out], progress=processes.main,
                               on=config.tokens_on, processes=processes.count)
@@ -116,6 +118,15 @@ def meant(value: str) -> str | int | float | bool | None:
         with contextlib.suppress(ValueError): return kind(value)
     return value
 
+# %% ../../nbs/trainer/11_launching.ipynb #7e52a0f6
+def planned(values: dict) -> TrainConfig:
+    "The configuration of some parameters; `ValueError` for what cannot be done with it. Nothing is written."
+    config = train_config(values)
+    check_place(config)
+    check_tracker(config)
+    check_start(config)
+    return config
+
 # %% ../../nbs/trainer/11_launching.ipynb #05c4e6bc
 def asked(arguments: list[str] | None) -> TrainConfig:
     "The configuration of a command line; under a launcher `processes` is what that started."
@@ -129,10 +140,7 @@ def asked(arguments: list[str] | None) -> TrainConfig:
     values = {name: meant(value) for name, value in chosen.parameter} | dict(chosen.raw)
     if launched() > 1 and values.setdefault("processes", launched()) != launched():
         raise ValueError(f"processes={values['processes']}, but {launched()} were launched: leave it out")
-    config = train_config(values)
-    check_place(config)
-    check_start(config)
-    return config
+    return planned(values)
 
 # %% ../../nbs/trainer/11_launching.ipynb #29e8cfd4
 def train_from_here(config: TrainConfig) -> None:

@@ -72,7 +72,8 @@ def train_epoch(method: Method, data: TrainingSet, stepper: Stepper, config: Tra
     "One pass over the triplets. Returns the mean of every loss term."
     steps, words = epoch_steps(data, config, epoch), generator(config.seed, "texts", epoch)
     total, sums, unread = config.epochs * len(steps), {}, []
-    at_hand = data.read_ahead([rows for some in steps for rows in some], epoch, config)
+    batches = [rows for some in steps for rows in some]
+    at_hand = data.read_ahead(batches, epoch, config, stepper.processes)
     for step, rows_of_batches in enumerate(steps, epoch * len(steps)):
         stepper.set_rate(stage_factor(step, total, method.stages))
         queries = sum(map(len, rows_of_batches))
@@ -225,9 +226,10 @@ def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int |
     processes.wait()
     check_begun(method, run)
     if run.finished: return read_finished(method, data, run)
-    alone = owned(run.folder, "wait for it, or choose another run_dir")
-    with alone if processes.main else contextlib.nullcontext(), contextlib.ExitStack() as rest:
-        if processes.main: rest.enter_context(followed(run))
+    with contextlib.ExitStack() as held:
+        if processes.main:
+            held.enter_context(owned(run.folder, "wait for it, or choose another run_dir"))
+            held.enter_context(followed(run))
         return fit_alone(method, data, run, evaluate, until, processes)
 
 # %% ../../nbs/trainer/06_loop.ipynb #45498464

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POOL', 'BLOCK', 'SAMPLERS', 'ZONE_OPTIONS', 'DELTA_GRID', 'VALUES', 'MiningOptions', 'trns', 'unread_options',
-           'check_zone', 'check_batches', 'check_mining', 'candidate_ids', 'rows_of', 'same_pictures',
+           'check_zone', 'check_batches', 'check_mining', 'candidate_ids', 'rows_of', 'candidates_of', 'same_pictures',
            'valid_candidates', 'grid_steps', 'step_counts', 'delta_counts', 'right_answers', 'zone_members',
            'zone_extent', 'zone_report', 'quantiles', 'joined', 'summed_up', 'Laps', 'block_scores', 'one_vector',
            'likeness', 'Block', 'blocks_of', 'mine_block', 'Candidates', 'Mined', 'mined', 'mine', 'merged', 'refresh',
@@ -117,6 +117,10 @@ def rows_of(dataset: CIRDataset, gallery: str) -> list[int]:
     "The triplets that search a gallery, by position."
     one = len(dataset.galleries) == 1
     return [row for row, triplet in enumerate(dataset.triplets) if one or triplet.category == gallery]
+
+def candidates_of(triplet, ids: dict[str, list[str]]) -> list[str]:
+    "Those of the `candidate_ids` that a triplet's query searches."
+    return ids[triplet.category] if len(ids) > 1 else next(iter(ids.values()))
 
 # %% ../../nbs/trainer/01_mining.ipynb #3ae4a3e5
 def same_pictures(dataset: CIRDataset, ids: list[str]) -> dict[str, set[str]]:
@@ -381,7 +385,7 @@ def pool_shares(dataset: CIRDataset, pools: Tensor) -> dict[str, float]:
     ids, asked, counts = candidate_ids(dataset), {}, {"same_group": 0, "same_reference": 0}
     for t in dataset.triplets: asked.setdefault(t.reference, set()).add(t.target)
     for t, pool in zip(dataset.triplets, pools.tolist()):
-        names = ids[t.category] if len(ids) > 1 else next(iter(ids.values()))
+        names = candidates_of(t, ids)
         members = {names[i] for i in pool if i >= 0}
         counts["same_group"] += len(members & set(t.subset))
         counts["same_reference"] += len(members & asked[t.reference])
@@ -439,12 +443,11 @@ def one(self: NegativePool, row: int, turn: int) -> str | None:
     pool, triplet = self.pools[row], self.dataset.triplets[row]
     size = int((pool >= 0).sum())
     if not size: return None
-    ids = self.ids[triplet.category] if len(self.ids) > 1 else next(iter(self.ids.values()))
     again, place = divmod(turn, size)
     if again:
         order = generator(self.seed, "again", self.since, row, again)
         place = torch.randperm(size, generator=order)[place]
-    return ids[pool[place]]
+    return candidates_of(triplet, self.ids)[pool[place]]
 
 # %% ../../nbs/trainer/01_mining.ipynb #320a4084
 @patch
@@ -454,14 +457,14 @@ def draw(self: NegativePool, rows: list[int], epoch: int) -> list[list[str | Non
     return [[self.one(row, first + k) for k in range(self.count)] for row in rows]
 
 # %% ../../nbs/trainer/01_mining.ipynb #6cf35768
-def pool_edges(triplets, pools: Tensor, ids: dict[str, list[str]]) -> tuple[Tensor, Tensor]:
+def pool_edges(dataset: CIRDataset, pools: Tensor, ids: dict[str, list[str]]) -> tuple[Tensor, Tensor]:
     "Rows (E,) and (E,) int64, in order: the second one's target is in the first one's pool (Q,S) of `ids`."
     one, other = [], []
     for name, images in ids.items():
-        rows = [row for row, t in enumerate(triplets) if len(ids) == 1 or t.category == name]
+        rows = rows_of(dataset, name)
         position = {image: i for i, image in enumerate(images)}
         asking = [[] for _ in images]  # the rows whose target an image is
-        for row in rows: asking[position[triplets[row].target]].append(row)
+        for row in rows: asking[position[dataset.triplets[row].target]].append(row)
         for row, pool in zip(rows, pools[rows].tolist()):
             found = sorted(j for i in pool if i >= 0 for j in asking[i])
             one += [row] * len(found)
@@ -474,7 +477,7 @@ def pool_edges(triplets, pools: Tensor, ids: dict[str, list[str]]) -> tuple[Tens
 @patch
 def partners(self: NegativePool) -> list[Tensor]:
     "Per query the rows (k,) int64, ascending, whose target is in its pool and whose pool holds its target."
-    one, other = pool_edges(self.dataset.triplets, self.pools, self.ids)
+    one, other = pool_edges(self.dataset, self.pools, self.ids)
     count = len(self.pools)
     both = torch.isin(one * count + other, other * count + one)
     return list(other[both].split(torch.bincount(one[both], minlength=count).tolist()))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['learning_rate_factor', 'stage_factor', 'checkpoint_layers', 'autocast_dtype', 'quick_products', 'product_error',
-           'Stepper', 'mean_terms', 'clipped_together', 'odd_gradient', 'looked_at', 'training_step', 'plain_terms']
+           'Stepper', 'mean_terms', 'clipped_together', 'odd_gradient', 'finite', 'training_step', 'plain_terms']
 
 # %% ../../nbs/trainer/04_step.ipynb #b78664d3
 import contextlib, math
@@ -112,7 +112,7 @@ def odd_gradient(method: nn.Module) -> str:
     return next((name for name, grad in named if grad is not None and not grad.isfinite().all()), "the loss")
 
 # %% ../../nbs/trainer/04_step.ipynb #b9d05fbd
-def looked_at(values: torch.Tensor, terms, texts: list[str]) -> list[float]:
+def finite(values: torch.Tensor, terms, texts: list[str]) -> list[float]:
     "The total and the terms (1+M,) as plain numbers; `FloatingPointError` for a total that is not finite."
     total, *rest = values.tolist()
     if math.isfinite(total): return [total, *rest]
@@ -144,7 +144,7 @@ def training_step(method: Method, batches, stepper: Stepper) -> dict[str, float 
     for batch, share in batches:
         total, terms = mean_terms(method, batch, stepper)
         values = torch.stack([total, *terms.values()]).detach()
-        values = looked_at(values, terms, batch.texts) if stepper.waits else values
+        values = finite(values, terms, batch.texts) if stepper.waits else values
         scaler.scale(total * share).backward()
         for name, value in zip(("total", *terms), values): sums[name] = sums.get(name, 0.0) + share * value
     stepper.processes.mean_gradients(method)

@@ -63,7 +63,12 @@ def followed(run: Run) -> Iterator[None]:
         return
     begin = tensorboard if name == "tensorboard" else dashboard
     write, close = begin(run, library_of(name))
-    run.tracker = lambda kind, event: write(curves(event, f"{kind}/"), event["epoch"])
+
+    def tell(kind, event):
+        "All numbers of an event but its epoch, which is the step."
+        write(curves({name: event[name] for name in event if name != "epoch"}, f"{kind}/"), event["epoch"])
+
+    run.tracker = tell
     try: yield
     finally:
         run.tracker = None
