@@ -1,6 +1,7 @@
 "The two benches at tiny size: everything runs, the record is whole, and the guard notices what became worse. Nothing is asserted of time."
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -58,10 +59,14 @@ def test_another_file_is_no_record(content, tmp_path, capsys):
     assert "other.json" in said and "--record FILE" in said and said.count("\n") == 1
 
 
-def test_a_row_that_is_too_large_is_named(monkeypatch):
-    "A process that ends is one clear error."
-    row = bench.Row("search", "one at a time", {"N": 100, "T": 1, "D": -1})
-    with pytest.raises((RuntimeError, ValueError)): bench.measure([row], progress=False)
+def ended(*row): os._exit(1)
+
+
+def test_a_row_whose_process_is_ended_is_named(monkeypatch):
+    "As the system ends one that wants too much memory."
+    monkeypatch.setattr(bench, "in_process", ended)
+    row = bench.Row("search", "one at a time", {"N": 100, "T": 1})
+    with pytest.raises(RuntimeError, match="^search: one at a time, N=100 T=1: its process was ended"): bench.measure([row], progress=False)
 
 
 def test_projection_of_the_small_encoder(tmp_path, monkeypatch):
@@ -88,3 +93,17 @@ def test_committed_records():
     assert {row["part"] for row in record["rows"]} == set(bench.PARTS) and ABOUT <= set(record["environment"])
     projected = json.loads((ROOT / "data" / "results" / "bench-gpu.json").read_text())
     assert set(projected["towers"]) == {"mini", "vit_l", "vit_g"} and isinstance(projected["projected"], bool)
+
+
+def test_figures_of_the_performance_page_are_those_of_the_records():
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    now, then = (bench.read_bench(ROOT / "data" / "results" / name)["rows"] for name in ("bench.json", "tried/bench-before.json"))
+    was = {bench.name_of(row): row for row in then}
+    shown = 0
+    for row in now:
+        old, sizes = was[bench.name_of(row)], ", ".join(f"{letter} {number:,}" for letter, number in row["sizes"].items())
+        shown += (f"| {row['part']}: {row['case']}, {sizes} | {old['seconds']:.4g} | {row['seconds']:.4g} | {old['ratio']:.1f} | {row['ratio']:.1f} |") in text
+        if row["part"] != "step" or row["sizes"] != {"B": 64}: continue
+        method, *more = row["case"].split(", ")
+        assert f"| {', '.join([f'`{method}`', *more])} | {1000 * row['seconds']:.0f} | {row['ratio']:.1f} |" in text
+    assert shown == text.count("| refresh: ") + text.count("| search: ") > 0
