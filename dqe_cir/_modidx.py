@@ -2505,6 +2505,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'dqe_cir.studies.bench.bench_record': ( 'studies/bench.html#bench_record',
                                                                                'dqe_cir/studies/bench.py'),
                                        'dqe_cir.studies.bench.bench_table': ('studies/bench.html#bench_table', 'dqe_cir/studies/bench.py'),
+                                       'dqe_cir.studies.bench.command_of': ('studies/bench.html#command_of', 'dqe_cir/studies/bench.py'),
                                        'dqe_cir.studies.bench.count_flop': ('studies/bench.html#count_flop', 'dqe_cir/studies/bench.py'),
                                        'dqe_cir.studies.bench.encoding': ('studies/bench.html#encoding', 'dqe_cir/studies/bench.py'),
                                        'dqe_cir.studies.bench.evaluation': ('studies/bench.html#evaluation', 'dqe_cir/studies/bench.py'),

@@ -23,7 +23,7 @@ def quick(tmp_path_factory):
 
 def test_every_part_is_measured(quick):
     record = json.loads(quick.read_text())
-    assert {row["part"] for row in record["rows"]} == set(bench.PARTS) and record["command"] == "make bench"
+    assert {row["part"] for row in record["rows"]} == set(bench.PARTS) and record["command"] == 'make bench ARGS="--quick"'
     assert all(row["seconds"] > 0 and row["floor"] > 0 and row["GiB"] >= 0 for row in record["rows"])
     assert ABOUT | {"cores", "load"} <= set(record["environment"])
     assert [found["case"] for found in record["growth"]] == ["TRNS"]
@@ -74,7 +74,7 @@ def test_projection_of_the_small_encoder(tmp_path, monkeypatch):
     path = tmp_path / "gpu.json"
     assert bench_gpu.main(["bench-gpu", "--encoders", "mini", "--record", str(path)]) == 0
     record = json.loads(path.read_text())
-    assert record["projected"] is True and record["command"] == "make bench-gpu" and ABOUT <= set(record["environment"])
+    assert record["projected"] is True and record["command"] == 'make bench-gpu ARGS="--encoders mini"' and ABOUT <= set(record["environment"])
     assert set(record["towers"]["mini"]["run"]["seconds"]) == {"encoding", "steps", "refreshes", "evaluations"}
     assert bench_gpu.main(["bench-gpu", "--encoders", "vit_x"]) == 1
 

@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'SHAPES', 'QFORMER', 'VIT_L', 'TOWERS', 'STEPS', 'SAMPLERS
            'toy_triplet', 'toy_dataset', 'Rows', 'GivenEncoder', 'Given', 'features', 'random_weight', 'random_encoder',
            'from_files', 'encoding', 'FromPixels', 'step', 'mining', 'evaluation', 'search', 'free_bytes',
            'refresh_rows', 'search_rows', 'step_rows', 'evaluation_rows', 'full_plan', 'quick_plan', 'in_process',
-           'measure', 'slope', 'growth', 'bench_record', 'name_of', 'worse', 'read_bench', 'bench_table',
+           'measure', 'slope', 'growth', 'command_of', 'bench_record', 'name_of', 'worse', 'read_bench', 'bench_table',
            'ratio_figure', 'bench']
 
 # %% ../../nbs/studies/06_bench.ipynb #b7f5a919
@@ -407,6 +407,11 @@ def growth(rows: list[dict]) -> list[dict]:
             for (part, case, letter, _), points in found.items() if len(points) > 2]
 
 # %% ../../nbs/studies/06_bench.ipynb #4a646f8c
+def command_of(target: str, *options: str) -> str:
+    "`make TARGET` with those options that are not empty."
+    given = " ".join(filter(None, options))
+    return f"make {target}" + (f' ARGS="{given}"' if given else "")
+
 def bench_record(rows: list[dict], command: str, load: tuple[float, float]) -> dict:
     "Rows and growth with all that surrounds them; `load` is how many processes ran at begin and end."
     unit = ("CPU seconds of one thread, the least of several tries; FLOP of products; "
@@ -476,7 +481,8 @@ def bench(arguments: argparse.Namespace) -> int:
     rows = measure(plan, progress=sys.stderr.isatty())
     print(bench_table(rows).data)
     for found in growth(rows): print("{part}: {case} grows like {size}^{exponent}".format(**found))
-    said = "make bench" + (f" ARGS=\"--part {arguments.part}\"" if arguments.part else "")
+    said = command_of("bench", "--quick" if arguments.quick else "",
+                      f"--part {arguments.part}" if arguments.part else "")
     if arguments.record: write_json(arguments.record, bench_record(rows, said, (before, os.getloadavg()[0])))
     lost = worse(rows, then, arguments.tolerance) if then else []
     print(*(f"worse: {line}" for line in lost), sep="\n")
