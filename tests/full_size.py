@@ -6,7 +6,6 @@ python tests/full_size.py vit_g      one tower; prints its figures as JSON
 Nothing is downloaded. It shows that the real sizes fit, in memory and in shape; random weights say nothing about retrieval."""
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -19,12 +18,12 @@ from dqe_cir.core import environment, generator, write_json
 from dqe_cir.methods import Batch
 from dqe_cir.methods.base import parameter_groups
 from dqe_cir.methods.info_nce import InfoNCE
-from dqe_cir.studies.bench import TOWERS, random_encoder
+from dqe_cir.studies.bench import TOWERS, peak_bytes, random_encoder
 
 TEXTS = ["is red and has longer sleeves", "is blue with a collar"]
 
 
-def peak(): return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2)  # Linux counts in KiB
+def peak(): return round(peak_bytes() / 2**30, 2)
 
 
 def timed(work):

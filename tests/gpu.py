@@ -2,23 +2,14 @@
 import torch
 
 from dqe_cir.core import generator
-from dqe_cir.methods import METHODS
-from dqe_cir.methods import Batch
+from dqe_cir.methods import METHODS, Batch
+from dqe_cir.studies.ablation import peak_memory
 from dqe_cir.trainer import train_config
 from dqe_cir.trainer.loop import tower_aside
 from dqe_cir.trainer.step import Stepper, checkpoint_layers, plain_terms, training_step
 
 STEPS, RATE, RISE = 20, 5e-5, 5  # random weights have further to go than pretrained ones
 WORDS = ("red", "blue", "longer", "shorter", "striped", "plain", "with a collar", "without sleeves")
-
-
-def peak(device):
-    "GiB that tensors have held at most since the last reset; None without a GPU."
-    return round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
-
-
-def reset(device):
-    if device.type == "cuda": torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats(device)
 
 
 def fixed_batch(encoder, name, count):
@@ -40,12 +31,12 @@ def training(make_encoder, name, device, count, checkpointing, precision="auto")
     if checkpointing: checkpoint_layers(encoder)
     stepper, batch, losses = Stepper(method, RATE, precision=precision), fixed_batch(encoder, name, count), []
     with tower_aside(method):
-        reset(device)
+        peak_memory(device, restart=True)
         for step in range(STEPS):
             stepper.set_rate(min(1.0, (step + 1) / RISE))
             losses.append(plain_terms(training_step(method, [(batch, 1.0)], stepper))["total"])
     return {"batch": count, "precision": str(stepper.dtype).removeprefix("torch."), "checkpointing": checkpointing, "losses": [round(loss, 4) for loss in losses],
-            "peak_memory_GiB": peak(device)}
+            "peak_memory_MiB": peak_memory(device)}
 
 
 def measure(make_encoder, device, count=32):

@@ -1,6 +1,7 @@
 "The two benches at tiny size: everything runs, the record is whole, and the guard notices what became worse. Nothing is asserted of time."
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def quick(tmp_path_factory):
 
 def test_every_part_is_measured(quick):
     record = json.loads(quick.read_text())
-    assert {row["part"] for row in record["rows"]} == set(bench.PARTS) and record["command"] == "make bench"
+    assert {row["part"] for row in record["rows"]} == set(bench.PARTS) and record["command"] == 'make bench ARGS="--quick"'
     assert all(row["seconds"] > 0 and row["floor"] > 0 and row["GiB"] >= 0 for row in record["rows"])
     assert ABOUT | {"cores", "load"} <= set(record["environment"])
     assert [found["case"] for found in record["growth"]] == ["TRNS"]
@@ -58,10 +59,14 @@ def test_another_file_is_no_record(content, tmp_path, capsys):
     assert "other.json" in said and "--record FILE" in said and said.count("\n") == 1
 
 
-def test_a_row_that_is_too_large_is_named(monkeypatch):
-    "A process that ends is one clear error."
-    row = bench.Row("search", "one at a time", {"N": 100, "T": 1, "D": -1})
-    with pytest.raises((RuntimeError, ValueError)): bench.measure([row], progress=False)
+def ended(*row): os._exit(1)
+
+
+def test_a_row_whose_process_is_ended_is_named(monkeypatch):
+    "As the system ends one that wants too much memory."
+    monkeypatch.setattr(bench, "in_process", ended)
+    row = bench.Row("search", "one at a time", {"N": 100, "T": 1})
+    with pytest.raises(RuntimeError, match="^search: one at a time, N=100 T=1: its process was ended"): bench.measure([row], progress=False)
 
 
 def test_projection_of_the_small_encoder(tmp_path, monkeypatch):
@@ -69,7 +74,7 @@ def test_projection_of_the_small_encoder(tmp_path, monkeypatch):
     path = tmp_path / "gpu.json"
     assert bench_gpu.main(["bench-gpu", "--encoders", "mini", "--record", str(path)]) == 0
     record = json.loads(path.read_text())
-    assert record["projected"] is True and record["command"] == "make bench-gpu" and ABOUT <= set(record["environment"])
+    assert record["projected"] is True and record["command"] == 'make bench-gpu ARGS="--encoders mini"' and ABOUT <= set(record["environment"])
     assert set(record["towers"]["mini"]["run"]["seconds"]) == {"encoding", "steps", "refreshes", "evaluations"}
     assert bench_gpu.main(["bench-gpu", "--encoders", "vit_x"]) == 1
 
@@ -88,3 +93,17 @@ def test_committed_records():
     assert {row["part"] for row in record["rows"]} == set(bench.PARTS) and ABOUT <= set(record["environment"])
     projected = json.loads((ROOT / "data" / "results" / "bench-gpu.json").read_text())
     assert set(projected["towers"]) == {"mini", "vit_l", "vit_g"} and isinstance(projected["projected"], bool)
+
+
+def test_figures_of_the_performance_page_are_those_of_the_records():
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    now, then = (bench.read_bench(ROOT / "data" / "results" / name)["rows"] for name in ("bench.json", "tried/bench-before.json"))
+    was = {bench.name_of(row): row for row in then}
+    shown = 0
+    for row in now:
+        old, sizes = was[bench.name_of(row)], ", ".join(f"{letter} {number:,}" for letter, number in row["sizes"].items())
+        shown += (f"| {row['part']}: {row['case']}, {sizes} | {old['seconds']:.4g} | {row['seconds']:.4g} | {old['ratio']:.1f} | {row['ratio']:.1f} |") in text
+        if row["part"] != "step" or row["sizes"] != {"B": 64}: continue
+        method, *more = row["case"].split(", ")
+        assert f"| {', '.join([f'`{method}`', *more])} | {1000 * row['seconds']:.0f} | {row['ratio']:.1f} |" in text
+    assert shown == text.count("| refresh: ") + text.count("| search: ") > 0

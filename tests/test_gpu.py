@@ -24,7 +24,7 @@ def check(figures, on_gpu=True):
             assert losses[-1] < losses[0] and statistics.mean(losses[-5:]) < statistics.mean(losses[:5])
         plain, again = figures[name]
         assert (plain["checkpointing"], again["checkpointing"]) == (False, True)
-        if on_gpu: assert again["peak_memory_GiB"] < plain["peak_memory_GiB"] and plain["precision"] in ("bfloat16", "float16")
+        if on_gpu: assert again["peak_memory_MiB"] < plain["peak_memory_MiB"] and plain["precision"] in ("bfloat16", "float16")
 
 
 @needs_gpu

@@ -6,10 +6,10 @@
 __all__ = ['COLOURS', 'SHAPES', 'QFORMER', 'VIT_L', 'TOWERS', 'STEPS', 'SAMPLERS', 'PARTS', 'MODULE', 'SHORT', 'least_seconds',
            'matrix_rate', 'memory_rate', 'Everywhere', 'count_flop', 'Job', 'Row', 'peak_bytes', 'measured',
            'toy_triplet', 'toy_dataset', 'Rows', 'GivenEncoder', 'Given', 'features', 'random_weight', 'random_encoder',
-           'from_files', 'encoding', 'FromPixels', 'step_of', 'step', 'mining', 'evaluation', 'Nowhere', 'search',
-           'free_bytes', 'refresh_rows', 'search_rows', 'step_rows', 'evaluation_rows', 'full_plan', 'quick_plan',
-           'in_process', 'measure', 'slope', 'growth', 'bench_record', 'worse', 'read_bench', 'bench_table',
-           'ratio_figure', 'load_now', 'bench']
+           'from_files', 'encoding', 'FromPixels', 'step', 'mining', 'evaluation', 'search', 'free_bytes',
+           'refresh_rows', 'search_rows', 'step_rows', 'evaluation_rows', 'full_plan', 'quick_plan', 'in_process',
+           'measure', 'slope', 'growth', 'command_of', 'bench_record', 'name_of', 'worse', 'read_bench', 'bench_table',
+           'ratio_figure', 'bench']
 
 # %% ../../nbs/studies/06_bench.ipynb #b7f5a919
 import argparse, concurrent.futures, contextlib, importlib, math
@@ -127,11 +127,10 @@ def measured(job: Job, repeats: int) -> dict[str, float]:
     figures = {name: float(f"{number:.4g}") for name, number in figures.items()}
     return dict(flop=flop, bytes=job.bytes, GiB=round(extra / 2**30, 3)) | figures
 
-# %% ../../nbs/studies/06_bench.ipynb #c859d33d
+# %% ../../nbs/studies/06_bench.ipynb #edb78136
 COLOURS = ("red", "navy blue", "darker", "light grey", "pink", "of the same colour")
 SHAPES = ("longer sleeves", "no collar", "a floral print on the front", "thin straps", "buttons", "a v-neck")
 
-# %% ../../nbs/studies/06_bench.ipynb #edb78136
 def toy_triplet(i: int, members: list[int], category: str) -> Triplet:
     "A query of reference and target, the first two of six images, with two captions."
     names = [str(member) for member in members]
@@ -241,40 +240,35 @@ STEPS = {name: {"method": name} for name in METHODS}
 STEPS["dqe_cir, paper"] = {"method": "dqe_cir", "recipe": "paper"}
 
 # %% ../../nbs/studies/06_bench.ipynb #e30748cc
-class FromPixels:
-    "Stands in for cached tokens: they are computed each time they are asked for."
-    def __init__(self, encoder: Blip2Encoder, pixels: Tensor): self.encoder, self.pixels = encoder, pixels
+class FromPixels(Rows):
+    "`Rows` whose tokens are computed from pixels each time they are asked for."
+    def __init__(self, encoder: Blip2Encoder, pixels: Tensor):
+        super().__init__(pixels)
+        self.encoder = encoder
 
     def __getitem__(self, ids: list[str]) -> Tensor:
-        return self.encoder.image_tokens(self.pixels[[int(name) for name in ids]])
-
-# %% ../../nbs/studies/06_bench.ipynb #b0e54f5d
-def step_of(method: Method, config, data: TrainingSet) -> Job:
-    "One epoch of one batch."
-    stepper, bar = Stepper(method.train(), 1e-4), tqdm(disable=True)
-    epoch = config.warmup_epochs or 0
-    return Job(lambda: train_epoch(method, data, stepper, config, epoch, bar), training=True)
+        return self.encoder.image_tokens(super().__getitem__(ids))
 
 # %% ../../nbs/studies/06_bench.ipynb #dceb35ea
 def step(case: str, B: int) -> Job:
     "A step of B queries; the case is a name in `STEPS`, with `, pictures in` or `, full size` behind it."
     name = case.removesuffix(", pictures in").removesuffix(", full size")
     config = train_config({**STEPS[name], "device": "cpu", "batch_size": B})
-    dataset, count = toy_dataset("fashioniq", B, 4 * B), 4 * B
-    random = generator(0, "tokens")
     if case.endswith("full size"): method = METHODS[config.method](random_encoder("vit_l", layers=1))
     else: method = build_method(config)
-    encoder = method.encoder
+    encoder, count, random = method.encoder, 4 * B, generator(0, "tokens")
     if case.endswith("pictures in"):
         pixels = torch.randn(count, 3, encoder.image_size, encoder.image_size, generator=random)
         tokens = FromPixels(encoder, pixels)
     else: tokens = Rows(torch.randn(count, *encoder.token_shape, generator=random))
-    return step_of(method, config, TrainingSet(dataset, tokens, captions=config.captions))
-
-# %% ../../nbs/studies/06_bench.ipynb #6ec74347
-SAMPLERS = {"TRNS": lambda: MidZone("quantile", 0.005, 0.03, 0.25), "QuRe's rule": ScoreDropBand}
+    data = TrainingSet(toy_dataset("fashioniq", B, count), tokens, captions=config.captions)
+    stepper, bar = Stepper(method.train(), 1e-4), tqdm(disable=True)
+    epoch = config.warmup_epochs or 0
+    return Job(lambda: train_epoch(method, data, stepper, config, epoch, bar), training=True)
 
 # %% ../../nbs/studies/06_bench.ipynb #35cdc946
+SAMPLERS = {"TRNS": lambda: MidZone("quantile", 0.005, 0.03, 0.25), "QuRe's rule": ScoreDropBand}
+
 def mining(case: str, Q: int, N: int, T: int) -> Job:
     "A refresh of Q queries and N candidates, features given."
     dataset, given, sampler = toy_dataset("cirr", Q, N), features(N, T), SAMPLERS[case]()
@@ -296,11 +290,6 @@ def evaluation(case: str, Q: int, N: int, T: int = 32) -> Job:
     scored = score_dataset(method, dataset, tokens)
     return Job(lambda: evaluate_scores(dataset, scored), bytes=4 * Q * N)
 
-# %% ../../nbs/studies/06_bench.ipynb #b87abf99
-class Nowhere(dict):
-    "Files of images called 0, 1, ..., none of which is there."
-    def __init__(self, count: int): super().__init__(dict.fromkeys(map(str, range(count)), Path("nowhere")))
-
 # %% ../../nbs/studies/06_bench.ipynb #59d22d49
 def search(case: str, N: int, T: int, D: int = 256) -> Job:
     "The ten best of N images for one query through a retriever, or for 32 at once."
@@ -311,7 +300,8 @@ def search(case: str, N: int, T: int, D: int = 256) -> Job:
         return Job(lambda: top_k(queries, given, 10), bytes=read)
     config = train_config({"method": "info_nce", "device": "cpu"})
     retriever = Retriever(Given(features(1, T, D)[0]), config)
-    retriever.files, retriever.keys = Nowhere(N), [f"{i:032x}" for i in range(N)]
+    names = map(str, range(N))
+    retriever.files, retriever.keys = dict.fromkeys(names, Path("nowhere")), [f"{i:032x}" for i in range(N)]
     retriever.embeddings = given
     picture = Image.new("RGB", (8, 8))
     return Job(lambda: retriever.search(picture, "is red", k=10), bytes=read)
@@ -344,7 +334,7 @@ def search_rows() -> list[Row]:
 
 # %% ../../nbs/studies/06_bench.ipynb #086a378d
 def step_rows() -> list[Row]:
-    "Every method on cached tokens, two with pictures in, growth with the batch, and the full size."
+    "Every method on cached tokens, three with pictures in, growth with the batch, and the full size."
     rows = [Row("step", "info_nce", dict(B=count)) for count in (16, 32)]
     rows += [Row("step", case, dict(B=64), 4) for case in STEPS]
     rows += [Row("step", f"{name}, pictures in", dict(B=16), 3) for name in ("qure", "sprc", "dqe_cir")]
@@ -381,15 +371,14 @@ def in_process(part: str, case: str, sizes: dict[str, int], repeats: int) -> dic
     torch.manual_seed(0)  # for dropout; this process does nothing else
     return dict(part=part, case=case, sizes=sizes) | measured(PARTS[part](case, **sizes), repeats)
 
-# %% ../../nbs/studies/06_bench.ipynb #e02080c1
-MODULE = "dqe_cir.studies.bench"
-
 # %% ../../nbs/studies/06_bench.ipynb #c27c6adc
+MODULE = "dqe_cir.studies.bench"  # by name: what a notebook defines has no other process
+
 def measure(plan: list[Row], progress: bool = True) -> list[dict]:
     "Every row of a plan, each in a fresh process; `RuntimeError` names one whose process was ended."
     context, found = multiprocessing.get_context("forkserver"), []
     context.set_forkserver_preload([MODULE])
-    work = importlib.import_module(MODULE).in_process  # by name: what a notebook defines has no other process
+    work = importlib.import_module(MODULE).in_process
     options = dict(max_workers=1, mp_context=context, max_tasks_per_child=1)
     with concurrent.futures.ProcessPoolExecutor(**options) as pool:
         for row in tqdm(plan, desc="measuring", unit="row", disable=not progress):
@@ -418,6 +407,11 @@ def growth(rows: list[dict]) -> list[dict]:
             for (part, case, letter, _), points in found.items() if len(points) > 2]
 
 # %% ../../nbs/studies/06_bench.ipynb #4a646f8c
+def command_of(target: str, *options: str) -> str:
+    "`make TARGET` with those options that are not empty."
+    given = " ".join(filter(None, options))
+    return f"make {target}" + (f' ARGS="{given}"' if given else "")
+
 def bench_record(rows: list[dict], command: str, load: tuple[float, float]) -> dict:
     "Rows and growth with all that surrounds them; `load` is how many processes ran at begin and end."
     unit = ("CPU seconds of one thread, the least of several tries; FLOP of products; "
@@ -426,18 +420,21 @@ def bench_record(rows: list[dict], command: str, load: tuple[float, float]) -> d
     busy = dict(cores=os.cpu_count(), load=[round(number, 1) for number in load])
     return about | dict(rows=rows, growth=growth(rows), environment=environment() | busy)
 
-# %% ../../nbs/studies/06_bench.ipynb #f8567db0
+# %% ../../nbs/studies/06_bench.ipynb #ab37edbb
 SHORT = 0.002  # seconds under which a row is noise
 
-# %% ../../nbs/studies/06_bench.ipynb #ab37edbb
+def name_of(row: dict) -> str:
+    "Part, case and sizes of a measured row in words."
+    return Row(row["part"], row["case"], row["sizes"]).name
+
 def worse(now: list[dict], then: list[dict], tolerance: float = 0.3) -> list[str]:
     "A line for each row whose ratio grew by more than the tolerance; `ValueError` if no row is in both."
-    def name(row): return Row(row["part"], row["case"], row["sizes"]).name
-    before = {name(row): row["ratio"] for row in then}
-    shared = [row for row in now if name(row) in before]
+    before = {name_of(row): row["ratio"] for row in then}
+    shared = [row for row in now if name_of(row) in before]
     if not shared: raise ValueError("no row was measured both then and now: measure the parts of the record")
-    return [f"{name(row)}: {row['ratio']:.2f} of its floor, was {before[name(row)]:.2f}" for row in shared
-            if row["ratio"] > (1 + tolerance) * before[name(row)] and row["seconds"] > SHORT]
+    return [f"{name_of(row)}: {row['ratio']:.2f} of its floor, was {before[name_of(row)]:.2f}"
+            for row in shared
+            if row["ratio"] > (1 + tolerance) * before[name_of(row)] and row["seconds"] > SHORT]
 
 # %% ../../nbs/studies/06_bench.ipynb #554d8a3c
 def read_bench(path: Path | str | None = None) -> dict:
@@ -456,26 +453,23 @@ def bench_table(rows: list[dict]) -> Markdown:
     "Rows as a table: sizes, seconds, floor, ratio, memory."
     cells = {}
     for row in rows:
-        name = Row(row["part"], row["case"], row["sizes"]).name
-        cells[name] = {"CPU s": f"{row['seconds']:.4f}", "GFLOP": f"{row['flop'] / 1e9:.2f}",
-                       "floor s": f"{row['floor']:.4f}", "x its floor": f"{row['ratio']:.2f}",
-                       "GiB": f"{row['GiB']:.2f}"}
+        cells[name_of(row)] = {"CPU s": f"{row['seconds']:.4f}", "GFLOP": f"{row['flop'] / 1e9:.2f}",
+                               "floor s": f"{row['floor']:.4f}", "x its floor": f"{row['ratio']:.2f}",
+                               "GiB": f"{row['GiB']:.2f}"}
     columns = ["CPU s", "GFLOP", "floor s", "x its floor", "GiB"]
     return text_table(cells, columns, "one thread, least of some tries")
 
 # %% ../../nbs/studies/06_bench.ipynb #ab9289ca
-def ratio_figure(rows: list[dict]):
-    "How many times its floor each row takes, on a logarithmic axis."
-    names = [Row(row["part"], row["case"], row["sizes"]).name for row in rows]
-    figure = empty_figure("Times the floor", "x", left=330, width=860, height=90 + 20 * len(rows))
-    figure.add_bar(x=[row["ratio"] for row in rows], y=names, orientation="h", marker_color="#0072b2")
-    figure.add_vline(x=1, line_color="#4f4f4f")
-    return figure.update_xaxes(type="log").update_yaxes(autorange="reversed")
-
-# %% ../../nbs/studies/06_bench.ipynb #dd8b68df
-def load_now() -> float:
-    "How many processes wanted a core in the last minute."
-    return os.getloadavg()[0]
+def ratio_figure(rows: list[dict], then: list[dict] = ()):
+    "How many times its floor each row of a part takes, on a logarithmic axis, and took `then`."
+    part = rows[0]["part"]
+    figure = empty_figure(f"{part}: times the floor", "x", left=260, width=760, height=110 + 22 * len(rows))
+    for title, found, colour in (("before", then, "#b0b0b0"), ("now", rows, "#0072b2")):
+        places = {name_of(row).removeprefix(f"{part}: "): row["ratio"] for row in found}
+        figure.add_scatter(x=[*places.values()], y=[*places], mode="markers", name=title,
+                           marker=dict(color=colour, size=9))
+    figure.add_vline(x=1, line_color="#4f4f4f").update_yaxes(autorange="reversed")
+    return figure.update_xaxes(type="log", tickvals=[1, 2, 5, 10, 20, 50, 100])
 
 # %% ../../nbs/studies/06_bench.ipynb #38187ca2
 def bench(arguments: argparse.Namespace) -> int:
@@ -483,12 +477,13 @@ def bench(arguments: argparse.Namespace) -> int:
     plan = quick_plan() if arguments.quick else full_plan()
     plan = [row for row in plan if arguments.part in ("", row.part)]
     then = read_bench(arguments.against)["rows"] if arguments.against else None
-    before = load_now()
+    before, *_ = os.getloadavg()
     rows = measure(plan, progress=sys.stderr.isatty())
     print(bench_table(rows).data)
     for found in growth(rows): print("{part}: {case} grows like {size}^{exponent}".format(**found))
-    said = "make bench" + (f" ARGS=\"--part {arguments.part}\"" if arguments.part else "")
-    if arguments.record: write_json(arguments.record, bench_record(rows, said, (before, load_now())))
+    said = command_of("bench", "--quick" if arguments.quick else "",
+                      f"--part {arguments.part}" if arguments.part else "")
+    if arguments.record: write_json(arguments.record, bench_record(rows, said, (before, os.getloadavg()[0])))
     lost = worse(rows, then, arguments.tolerance) if then else []
     print(*(f"worse: {line}" for line in lost), sep="\n")
     return int(bool(lost))
