@@ -7,6 +7,8 @@ __all__ = ['METHODS', 'TRAIN_FREE']
 
 # %% ../../nbs/methods/90_zoo.ipynb #34be12b8
 from .base import Method
+
+# %% ../../nbs/methods/90_zoo.ipynb #db7ce975
 from .bi_blip4cir import BiBLIP4CIR
 from .clip4cir import CLIP4Cir
 from .cosmo import CoSMo
