@@ -7,35 +7,25 @@ __all__ = ['ImageOnly', 'TextOnly', 'LateFusion', 'oracle', 'reference_points']
 
 # %% ../../nbs/evaluator/03_reference_points.ipynb #7038735f
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from ..core import generator
 from ..data.base import CIRDataset
 from .scoring import GalleryScores, evaluate, evaluate_scores, gallery_rows, relevance
 from ..methods.base import Method
+from ..methods.zero_shot import ZeroShot
 
 # %% ../../nbs/evaluator/03_reference_points.ipynb #e241e36b
-class ImageOnly(Method):
-    "The reference image's mean embedding as query."
-    def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
-        "Reference tokens (B,P,W) to unit queries (B,D); the texts are not read."
-        return F.normalize(self.encode_target(reference).mean(1), dim=-1)
+class ImageOnly(ZeroShot):
+    "The reference image's mean embedding as query; the texts are not read."
+    def __init__(self, encoder): super().__init__(encoder, "image")
 
-class TextOnly(Method):
-    "The text's embedding as query."
-    def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
-        "B texts to unit queries (B,D); the reference (B,P,W) is not looked at."
-        return self.encoder.encode_text(*self.encoder.tokenize(texts))
+class TextOnly(ZeroShot):
+    "The text's embedding as query; the reference is not looked at."
+    def __init__(self, encoder): super().__init__(encoder, "text")
 
-# %% ../../nbs/evaluator/03_reference_points.ipynb #6cdd3a4d
-class LateFusion(Method):
+class LateFusion(ZeroShot):
     "The sum of the two unit vectors as query."
-    def encode_query(self, reference: Tensor, texts: list[str]) -> Tensor:
-        "Reference tokens (B,P,W) and B texts to unit queries (B,D)."
-        image = ImageOnly.encode_query(self, reference, texts)
-        text = TextOnly.encode_query(self, reference, texts)
-        return F.normalize(image + text, dim=-1)
+    def __init__(self, encoder): super().__init__(encoder, "sum")
 
 # %% ../../nbs/evaluator/03_reference_points.ipynb #a54f195c
 def oracle(dataset: CIRDataset, seed: int = 0) -> list[GalleryScores]:

@@ -182,15 +182,13 @@ def query_measures(
     spec = SPECS[dataset.name]
     measures = {"rank": target_ranks(dataset, gallery_scores, exclude_reference)}
     if spec.lists: measures |= list_precision(dataset, gallery_scores, exclude_reference)
-    if dataset.attributes:
-        relevant = relevance(dataset, gallery_scores)
-        measures["average_precision"] = average_precision(gallery_scores.scores, relevant)
-        measures["top1_valid"] = top1_valid(gallery_scores.scores, relevant).float()
-    if dataset.mentions: measures |= top1_attributes(dataset, gallery_scores)
-    if spec.own and any(len(triplet.positives) > 1 for triplet in dataset.triplets):
+    several = spec.own and any(len(triplet.positives) > 1 for triplet in dataset.triplets)
+    if dataset.attributes or several:
+        asked = gallery_scores.scores, relevance(dataset, gallery_scores)
         without = reference_positions(dataset, gallery_scores) if exclude_reference else None
-        answers = relevance(dataset, gallery_scores)
-        measures["average_precision"] = average_precision(gallery_scores.scores, answers, without)
+        measures["average_precision"] = average_precision(*asked, without)
+        if dataset.attributes: measures["top1_valid"] = top1_valid(*asked, without).float()
+    if dataset.mentions: measures |= top1_attributes(dataset, gallery_scores)
     if spec.subsets and dataset.triplets[0].subset:
         measures["subset_rank"] = group_ranks(dataset, gallery_scores)
     return measures
