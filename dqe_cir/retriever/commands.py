@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'MESSAGE_BYTES', 'EXAMPLES', 'MODEL', 'indexed', 'answer_lines', 'page_notebook', 'serve_command', 'serve',
-           'new_command', 'parser', 'run', 'one_line_warning', 'main']
+           'hand_on', 'new_command', 'parser', 'run', 'one_line_warning', 'main']
 
 # %% ../../nbs/retriever/12_commands.ipynb #9eb1f33f
 import argparse, contextlib, json, os, shlex, subprocess, sys, tempfile, warnings
@@ -15,9 +15,10 @@ from transformers.utils import logging
 from ..core import version_of
 from ..files import DataError, write_json
 from .index import Retriever
+from .lessons import ROWS, TAUGHT
 from .search import Result
 from .session import index_store
-from .share import main as export
+from .share import export
 from ..terminal import Progress
 
 # %% ../../nbs/retriever/12_commands.ipynb #578b543b
@@ -78,6 +79,16 @@ def serve(model: str, gallery: str, more: list[str], encoder: str = "") -> int:
         with contextlib.suppress(KeyboardInterrupt): return subprocess.call(command)
     return 0
 
+# %% ../../nbs/retriever/12_commands.ipynb #e27d4408
+def hand_on(run: Path | str, folder: Path | str, encoder: str = "") -> int:
+    "Write a finished run as a folder that `Retriever.load` reads, and list its files."
+    written = export(run, folder, encoder=encoder)
+    if (Path(run) / TAUGHT).exists() and not (written / ROWS).exists():
+        missing = "the training data are not at hand: exported without what the model was taught"
+        print(missing, file=sys.stderr)
+    print(*(f"{path.stat().st_size:>12,}  {path.name}" for path in sorted(written.iterdir())), sep="\n")
+    return 0
+
 # %% ../../nbs/retriever/12_commands.ipynb #3cf70db6
 EXAMPLES = {
     "index": "dqe-cir index photos",
@@ -91,7 +102,6 @@ def new_command(commands, name: str, told: str) -> argparse.ArgumentParser:
     "A command with its help and its example."
     command = commands.add_parser(name, help=told, description=f"{told[0].upper()}{told[1:]}.",
                                   epilog=f"example: {EXAMPLES[name]}")
-    command.add_argument("--model", default="", help=MODEL)
     command.add_argument("--encoder", default="", help="where the model's encoder lies, if it has moved")
     return command
 
@@ -103,6 +113,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="index|search|serve|export")
     index = new_command(commands, "index", "encode the pictures below a folder, new and changed ones only")
     search = new_command(commands, "search", "find the pictures below a folder that answer a request")
+    page = new_command(commands, "serve", "show the search page in a browser, without code")
+    handed = new_command(commands, "export", "write a finished run as a folder to hand on")
+    for command in (index, search, page): command.add_argument("--model", default="", help=MODEL)
     for command in (index, search):
         command.add_argument("folder", help="a folder of pictures")
         command.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -110,15 +123,16 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--text", required=True, help="what should be different")
     search.add_argument("-k", type=int, default=10, help="how many pictures, 10 without it")
     search.add_argument("--json", action="store_true", help="a JSON list instead of lines")
-    page = new_command(commands, "serve", "show the search page in a browser, without code")
     page.add_argument("--gallery", default="garments", help="a data set or a folder of pictures")
-    commands.add_parser("export", help="write a finished run as a folder to hand on", add_help=False)
+    handed.add_argument("run", help="the run folder")
+    handed.add_argument("folder", help="the folder to write")
     return top
 
 # %% ../../nbs/retriever/12_commands.ipynb #02ad7717
 def run(chosen: argparse.Namespace, more: list[str]) -> int:
     "Do what was typed."
     if chosen.command == "serve": return serve(chosen.model, chosen.gallery, more, chosen.encoder)
+    if chosen.command == "export": return hand_on(chosen.run, chosen.folder, chosen.encoder)
     retriever = indexed(chosen.model, chosen.folder, chosen.device, chosen.encoder)
     if chosen.command == "search":
         found = retriever.search(chosen.reference, chosen.text, chosen.k)
@@ -133,9 +147,7 @@ def one_line_warning(message, category, filename, lineno, file=None, line=None):
 # %% ../../nbs/retriever/12_commands.ipynb #c7920076
 def main(arguments: list[str] | None = None) -> int:
     "`dqe-cir COMMAND ...`, and `python -m dqe_cir.retriever COMMAND ...`; returns the exit status."
-    words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] == ["export"]: return export(words)
-    chosen, more = parser().parse_known_args(words)
+    chosen, more = parser().parse_known_args(arguments)
     if more and chosen.command != "serve": parser().error(f"unknown: {shlex.join(more)}")
     with warnings.catch_warnings():
         warnings.showwarning = one_line_warning
