@@ -1632,6 +1632,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                  'dqe_cir/retriever/commands.py'),
                                             'dqe_cir.retriever.commands.new_command': ( 'retriever/commands.html#new_command',
                                                                                         'dqe_cir/retriever/commands.py'),
+                                            'dqe_cir.retriever.commands.on_a_bar': ( 'retriever/commands.html#on_a_bar',
+                                                                                     'dqe_cir/retriever/commands.py'),
                                             'dqe_cir.retriever.commands.one_line_warning': ( 'retriever/commands.html#one_line_warning',
                                                                                              'dqe_cir/retriever/commands.py'),
                                             'dqe_cir.retriever.commands.page_notebook': ( 'retriever/commands.html#page_notebook',
