@@ -1,7 +1,8 @@
 """CPU seconds of searches in galleries of random unit vectors, one thread: an index in memory, one that stays in its file, and Qdrant in a folder.
 
 python tests/search_times.py                     writes data/results/search-times.json
-python tests/search_times.py 100000 1 256        one gallery: pictures, vectors of each, numbers of each vector
+python tests/search_times.py 100000 1 256        one gallery: pictures, vectors of each, numbers of each vector; the other rows stay
+                                                 with --no-engine behind it: without Qdrant
 
 Every way has a process of its own, so that its memory is its own; the least of five queries counts. Vectors are random, since time and bytes depend on
 shapes alone; the engine's answers are compared with those of the index."""

@@ -12,7 +12,7 @@ from dqe_cir.core import DataError, generator
 from dqe_cir.retriever.lessons import Lessons, ROWS, TAUGHT, VECTORS, read_lessons, write_lessons
 from dqe_cir.retriever import Retriever, SHIPPED
 from dqe_cir.retriever.drawn import garments_at_once
-from dqe_cir.retriever.share import main
+from dqe_cir.retriever.commands import main
 from dqe_cir.trainer import smoke_run
 
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOOKED_UP', 'hits_needed', 'first_of_each', 'Point', 'number_of', 'points_of', 'Engine', 'StoredPictures',
-           'StoredFiles', 'drawn_pictures', 'engine_library', 'QdrantFolder', 'QdrantServer', 'projected']
+           'StoredFiles', 'engine_library', 'Qdrant', 'QdrantFolder', 'QdrantServer']
 
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #bd6d9b81
-import hashlib, importlib, uuid
+import hashlib, importlib, os, uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from torch import Tensor
 from ..files import DataError, read_json, write_json
 from ..methods.base import Method
 from .drawn import DrawnOnDemand
-from .index import IndexReport, Pictures, Retriever, as_text, compared, from_text
+from .index import IndexReport, Pictures, Retriever, as_text, categories_of, compared
+from .index import from_text
 
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #e23d69f6
 def hits_needed(k: int, tokens: int) -> int:
@@ -68,10 +69,10 @@ class Engine(Protocol):
     def read(self, numbers: list[str]) -> list[Point]: "Those of the numbers that are there, in any order."
     def having(self, field: str, value) -> Iterator[dict]: "What is known of every point with that value."
     def count(self) -> int: "How many points there are."
-    def nearest(self, query: list[float], count: int, among: str | list[str] | None,
+    def nearest(self, query: list[float], count: int, where: tuple[str, object] | None,
                 without: list[str]) -> list[tuple[dict, float]]:
-        """The `count` points of highest inner product, best first: what is known of each, and its score; of a
-        category or of some pictures, and without some numbers."""
+        """The `count` points of highest inner product that meet a condition, without some numbers, best
+        first: what is known of each, and its score."""
 
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #dafb0466
 class StoredPictures:
@@ -129,8 +130,9 @@ def best(self: StoredPictures, query: Tensor, k: int, among: str | list[str] | N
     tokens, size = self.about.get("tokens", 1), self.about.get("size", len(query))
     if len(query) != size: raise DataError(f"{self.engine} holds vectors of {size} numbers, not {len(query)}")
     without = [number_of(name, token) for name in left_out for token in range(tokens)]
-    if among is not None and not isinstance(among, str): among = list(map(as_text, among))
-    hits = self.engine.nearest(query.float().tolist(), hits_needed(k, tokens), among, without)
+    where = ("categories", among) if isinstance(among, str) else None
+    if where is None and among is not None: where = "picture", list(map(as_text, among))
+    hits = self.engine.nearest(query.float().tolist(), hits_needed(k, tokens), where, without)
     return first_of_each([(from_text(about["picture"]), score) for about, score in hits], k)
 
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #c2ae2708
@@ -139,7 +141,6 @@ def alike(self: StoredPictures, key: str) -> list[str]:
     "The ids of the pictures of one content, given by its key."
     return sorted(from_text(about["picture"]) for about in self.engine.having("key", key))
 
-# %% ../../nbs/retriever/11_beyond_memory.ipynb #43927ed5
 @patch
 def lying_at(self: StoredPictures, path: str) -> list[str]:
     "The ids of the pictures whose file has that absolute path."
@@ -159,9 +160,10 @@ def embedding_of(self: StoredPictures, name: str) -> Tensor:
     if not points: raise KeyError(name)
     return torch.tensor([point.vector for point in sorted(points, key=lambda point: point.about["token"])])
 
-# %% ../../nbs/retriever/11_beyond_memory.ipynb #fd20ff36
 @patch
-def key_of(self: StoredPictures, name: str) -> str: return self.engine.read([number_of(name)])[0].about["key"]
+def key_of(self: StoredPictures, name: str) -> str:
+    "The content key of a picture."
+    return self.engine.read([number_of(name)])[0].about["key"]
 
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #57e41ed7
 class StoredFiles(Mapping):
@@ -207,7 +209,7 @@ def index_in_store(self: Retriever, pictures: Pictures, store=None,
     if before and not pictures.keys:
         raise DataError(f"{pictures.name} holds no readable picture, and {engine} knows {len(before):,} of "
                         "it: is the disk there? They stay; for an empty index name another place")
-    self.source, self.root = pictures.name, None if drawn_pictures(pictures) else Path(pictures.root)
+    self.source, self.root = pictures.name, None if pictures.drawn else Path(pictures.root)
     self.store.describe(self.source, self.root)
     broken = self.write_missing(pictures, there, progress)
     after = {name: key for name, key in pictures.keys.items() if key not in broken}
@@ -218,27 +220,19 @@ def index_in_store(self: Retriever, pictures: Pictures, store=None,
     report.unreadable = self.unreadable
     return report
 
-# %% ../../nbs/retriever/11_beyond_memory.ipynb #ea04200c
-def drawn_pictures(pictures: Pictures) -> bool:
-    "Are they drawn when they are looked at?"
-    return isinstance(pictures.files, DrawnOnDemand)
-
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #9831dd02
 @patch
 def write_missing(self: Retriever, pictures: Pictures, there: dict[str, str],
                   progress: Callable | None) -> dict[str, str]:
     "Write what an engine that lists `there`, id to key, lacks. Returns what cannot be read, key to reason."
     of, lacking, known = {key: name for name, key in there.items()}, {}, {}
-    categories = {}
-    for category, names in (pictures.galleries if len(pictures.galleries) > 1 else {}).items():
-        for name in names: categories.setdefault(name, []).append(category)
+    categories = categories_of(pictures.galleries, list(pictures.keys))
     for name, key in pictures.keys.items():
         if there.get(name) != key: lacking.setdefault(key, []).append(name)
 
     def keep(made: dict[str, Tensor]) -> None:
-        drawn = drawn_pictures(pictures)
-        place = lambda name: None if drawn else str(Path(pictures.files[name]).absolute())
-        self.store.write([(name, vectors, key, place(name), categories.get(name, ()))
+        def place(name): return None if pictures.drawn else os.path.abspath(pictures.files[name])
+        self.store.write([(name, vectors, key, place(name), categories[name])
                           for key, vectors in made.items() for name in lacking[key]])
         known.clear()  # the engine has them
 
@@ -255,14 +249,36 @@ def engine_library(name: str):
     except ImportError: raise ValueError(f"{name} is not installed: pip install dqe-cir[qdrant]") from None
 
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #f2d27f96
-LOOKED_UP = ("picture", "token", "categories", "key", "file")  # fields with a table of their own in an engine
+LOOKED_UP = dict(picture="keyword", token="integer", categories="keyword", key="keyword",
+                 file="keyword")  # fields with a table of their own in an engine, and its kind
+
+# %% ../../nbs/retriever/11_beyond_memory.ipynb #6d15e9fa
+class Qdrant:
+    "What both ways to the engine have in common; `models` is where its words are."
+
+    def wanted(self, where: tuple[str, object] | None, without: list[str] = ()):
+        "The filter of a condition, a field and a value or a list of them, and of numbers to leave out."
+        meet = []
+        if where is not None:
+            field, value = where
+            many = isinstance(value, list)
+            match = self.models.MatchAny(any=value) if many else self.models.MatchValue(value=value)
+            meet = [self.models.FieldCondition(key=field, match=match)]
+        return self.models.Filter(must=meet, must_not=[self.numbered(without)] if without else [])
+
+    def having(self, field: str, value) -> Iterator[dict]:
+        wanted, offset = self.wanted((field, value)), None
+        while True:
+            found, offset = self.page(wanted, offset)
+            yield from (point.payload for point in found)
+            if offset is None: return
 
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #9b49beef
-class QdrantFolder:
+class QdrantFolder(Qdrant):
     "An engine in a folder of this machine, for one process at a time."
 
     def __init__(self, folder: Path | str, half: bool = False):
-        self.folder, self.half, self.library = Path(folder).expanduser(), half, engine_library("qdrant_edge")
+        self.folder, self.half, self.models = Path(folder).expanduser(), half, engine_library("qdrant_edge")
         self.description, self.points = self.folder / "about.json", self.folder / "points"
         self.shard = self.opened() if self.points.exists() else None
 
@@ -270,7 +286,7 @@ class QdrantFolder:
 
     def opened(self):
         "The points that are there; `DataError` in one line for a folder in use or damaged."
-        try: return self.library.EdgeShard.load(str(self.points))
+        try: return self.models.EdgeShard.load(str(self.points))
         except Exception as problem:
             said = " ".join(str(problem).split())[:150]
             why = f"cannot be opened ({said}): index the pictures into a new folder"
@@ -289,17 +305,16 @@ class QdrantFolder:
 @patch
 def made(self: QdrantFolder, size: int):
     "Points of so many numbers, none yet."
-    edge = self.library
+    edge = self.models
     kind = edge.VectorStorageDatatype.Float16 if self.half else edge.VectorStorageDatatype.Float32
     vectors = edge.EdgeVectorParams(size, edge.Distance.Dot, datatype=kind, memory=edge.Memory.Cold)
     self.points.mkdir(parents=True, exist_ok=True)
     shard = edge.EdgeShard.create(str(self.points), edge.EdgeConfig(vectors=vectors))
-    for field in LOOKED_UP:
-        kind = edge.PayloadSchemaType.Integer if field == "token" else edge.PayloadSchemaType.Keyword
-        shard.update(edge.UpdateOperation.create_field_index(field, kind))
+    for field, kind in LOOKED_UP.items():
+        schema = getattr(edge.PayloadSchemaType, kind.capitalize())
+        shard.update(edge.UpdateOperation.create_field_index(field, schema))
     return shard
 
-# %% ../../nbs/retriever/11_beyond_memory.ipynb #9ec8c3fc
 @patch
 def close(self: QdrantFolder) -> None:
     "Let go of the folder."
@@ -309,15 +324,14 @@ def close(self: QdrantFolder) -> None:
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #47042184
 @patch
 def write(self: QdrantFolder, points: list[Point]) -> None:
-    made = [self.library.Point(point.number, point.vector, point.about) for point in points]
-    self.shard.update(self.library.UpdateOperation.upsert_points(made))
+    made = [self.models.Point(point.number, point.vector, point.about) for point in points]
+    self.shard.update(self.models.UpdateOperation.upsert_points(made))
     self.shard.flush()
 
-# %% ../../nbs/retriever/11_beyond_memory.ipynb #6ee2693c
 @patch
 def remove(self: QdrantFolder, numbers: list[str]) -> None:
     if self.shard is None: return
-    self.shard.update(self.library.UpdateOperation.delete_points(numbers))
+    self.shard.update(self.models.UpdateOperation.delete_points(numbers))
     self.shard.flush()
 
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #a33fa2ef
@@ -326,44 +340,36 @@ def read(self: QdrantFolder, numbers: list[str]) -> list[Point]:
     found = self.shard.retrieve(numbers, True, True) if self.shard is not None and numbers else []
     return [Point(str(point.id), point.vector, point.payload) for point in found]
 
-# %% ../../nbs/retriever/11_beyond_memory.ipynb #1b7002bc
-@patch
-def is_(self: QdrantFolder, field: str, value):
-    "The condition that a field has a value, or one of a list."
-    match = self.library.MatchAny(value) if isinstance(value, list) else self.library.MatchValue(value)
-    return self.library.FieldCondition(field, match=match)
-
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #9758b439
 @patch
-def having(self: QdrantFolder, field: str, value) -> Iterator[dict]:
-    wanted, offset = self.library.Filter(must=[self.is_(field, value)]), None
-    while self.shard is not None:
-        asked = self.library.ScrollRequest(offset=offset, limit=5000, filter=wanted, with_payload=True)
-        found, offset = self.shard.scroll(asked)
-        yield from (point.payload for point in found)
-        if offset is None: return
+def page(self: QdrantFolder, wanted, offset) -> tuple[list, object]:
+    "Some of the points that meet a filter, from an offset on, and the next offset; None after the last."
+    if self.shard is None: return [], None
+    asked = self.models.ScrollRequest(offset=offset, limit=5000, filter=wanted, with_payload=True)
+    return self.shard.scroll(asked)
 
-# %% ../../nbs/retriever/11_beyond_memory.ipynb #3736481e
 @patch
-def count(self: QdrantFolder) -> int:
-    if self.shard is None: return 0
-    return self.shard.count(self.library.CountRequest(exact=True))
+def numbered(self: QdrantFolder, numbers: list[str]):
+    "The condition that a point has one of those numbers."
+    return self.models.HasIdCondition(set(numbers))
 
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #a500110f
 @patch
-def nearest(self: QdrantFolder, query: list[float], count: int, among: str | list[str] | None,
+def count(self: QdrantFolder) -> int:
+    return 0 if self.shard is None else self.shard.count(self.models.CountRequest(exact=True))
+
+@patch
+def nearest(self: QdrantFolder, query: list[float], count: int, where: tuple[str, object] | None,
             without: list[str]) -> list[tuple[dict, float]]:
     if self.shard is None: return []
-    edge, field = self.library, "categories" if isinstance(among, str) else "picture"
-    wanted = edge.Filter(must=[] if among is None else [self.is_(field, among)],
-                         must_not=[edge.HasIdCondition(set(without))] if without else [])
+    edge = self.models
     found = self.shard.query(edge.QueryRequest(
-        limit=count, query=edge.Query.Nearest(query), filter=wanted, with_payload=True,
+        limit=count, query=edge.Query.Nearest(query), filter=self.wanted(where, without), with_payload=True,
         params=edge.SearchParams(exact=True)))
     return [(point.payload, point.score) for point in found]
 
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #df2ceeba
-class QdrantServer:
+class QdrantServer(Qdrant):
     "An engine at an address; a `collection` holds the pictures of one model. `layout` is for its making."
 
     def __init__(self, address: str, collection: str = "dqe_cir", half: bool = False,
@@ -396,9 +402,8 @@ class QdrantServer:
                                                datatype=kind, on_disk=True)
             self.asked("create_collection", vectors_config=vectors, metadata=about, **self.layout)
             self.there = True
-            for field in LOOKED_UP:
-                schema = "integer" if field == "token" else "keyword"
-                self.asked("create_payload_index", field_name=field, field_schema=schema, wait=True)
+            for field, kind in LOOKED_UP.items():
+                self.asked("create_payload_index", field_name=field, field_schema=kind, wait=True)
 
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #09ccdef4
 @patch
@@ -408,7 +413,6 @@ def write(self: QdrantServer, points: list[Point]) -> None:
     for start in range(0, len(made), 1000):
         self.asked("upsert", points=made[start:start + 1000], wait=True)
 
-# %% ../../nbs/retriever/11_beyond_memory.ipynb #84b33b5a
 @patch
 def remove(self: QdrantServer, numbers: list[str]) -> None:
     if self.there: self.asked("delete", points_selector=self.models.PointIdsList(points=numbers), wait=True)
@@ -420,47 +424,28 @@ def read(self: QdrantServer, numbers: list[str]) -> list[Point]:
     found = self.asked("retrieve", ids=numbers, with_payload=True, with_vectors=True)
     return [Point(str(point.id), point.vector, point.payload) for point in found]
 
-# %% ../../nbs/retriever/11_beyond_memory.ipynb #93bccafa
-@patch
-def is_(self: QdrantServer, field: str, value):
-    "The condition that a field has a value, or one of a list."
-    one_of, just = self.models.MatchAny, self.models.MatchValue
-    match = one_of(any=value) if isinstance(value, list) else just(value=value)
-    return self.models.FieldCondition(key=field, match=match)
-
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #7ae54d3a
 @patch
-def having(self: QdrantServer, field: str, value) -> Iterator[dict]:
-    wanted, offset = self.models.Filter(must=[self.is_(field, value)]), None
-    while self.there:
-        found, offset = self.asked("scroll", scroll_filter=wanted, limit=5000, offset=offset,
-                                   with_payload=True, with_vectors=False)
-        yield from (point.payload for point in found)
-        if offset is None: return
+def page(self: QdrantServer, wanted, offset) -> tuple[list, object]:
+    "Some of the points that meet a filter, from an offset on, and the next offset; None after the last."
+    if not self.there: return [], None
+    return self.asked("scroll", scroll_filter=wanted, limit=5000, offset=offset, with_payload=True,
+                      with_vectors=False)
 
-# %% ../../nbs/retriever/11_beyond_memory.ipynb #b3315fcf
+@patch
+def numbered(self: QdrantServer, numbers: list[str]):
+    "The condition that a point has one of those numbers."
+    return self.models.HasIdCondition(has_id=numbers)
+
+# %% ../../nbs/retriever/11_beyond_memory.ipynb #1786bf73
 @patch
 def count(self: QdrantServer) -> int:
     return self.asked("count", exact=True).count if self.there else 0
 
-# %% ../../nbs/retriever/11_beyond_memory.ipynb #1786bf73
 @patch
-def nearest(self: QdrantServer, query: list[float], count: int, among: str | list[str] | None,
+def nearest(self: QdrantServer, query: list[float], count: int, where: tuple[str, object] | None,
             without: list[str]) -> list[tuple[dict, float]]:
     if not self.there: return []
-    field = "categories" if isinstance(among, str) else "picture"
-    wanted = self.models.Filter(must=[] if among is None else [self.is_(field, among)],
-                                must_not=[self.models.HasIdCondition(has_id=without)] if without else [])
-    found = self.asked("query_points", query=query, limit=count, query_filter=wanted, with_payload=True,
-                       search_params=self.models.SearchParams(exact=True))
+    found = self.asked("query_points", query=query, limit=count, query_filter=self.wanted(where, without),
+                       with_payload=True, search_params=self.models.SearchParams(exact=True))
     return [(point.payload, point.score) for point in found.points]
-
-# %% ../../nbs/retriever/11_beyond_memory.ipynb #ffcf8581
-def projected(images: float, tokens: int, size: int, seconds_per_byte: float, *, bytes_a_number: int = 4,
-              about_a_token: int = 200, memory: float = 256e9, cores: int = 32, price: float = 0.0) -> dict:
-    """What exact search needs: bytes of vectors and of what is known of them, machines whose `memory` holds
-    the vectors, seconds a query on all their `cores`, and the `price` of one machine times machines."""
-    vectors = images * tokens * size * bytes_a_number
-    machines = max(1, -(-vectors // memory))
-    return dict(vectors=vectors, about=images * tokens * about_a_token, machines=int(machines),
-                seconds=vectors * seconds_per_byte / (machines * cores), cost=machines * price)

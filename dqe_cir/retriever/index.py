@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CALLED_PICTURES', 'LEADS_NOWHERE', 'SHIPPED', 'MADE', 'AT_HAND', 'PLAIN', 'recognised', 'files_below',
            'picture_files', 'content_key', 'large_enough', 'readable', 'newest_run', 'model_folder', 'Retriever',
-           'Places', 'grouped', 'heading', 'IndexReport', 'compared', 'read_or_reason', 'Pictures', 'content_keys',
-           'source_name', 'pictures_of', 'record_of', 'made_before', 'keep_records', 'at_hand', 'rearranged',
-           'digest_of', 'as_text', 'from_text', 'plain_text', 'FilesBelow', 'places_of', 'all_different',
-           'sound_groups', 'unsound', 'stored_index', 'stored_vectors', 'placed']
+           'is_drawn', 'Places', 'categories_of', 'grouped', 'heading', 'IndexReport', 'compared', 'read_or_reason',
+           'Pictures', 'content_keys', 'source_name', 'pictures_of', 'record_of', 'made_before', 'keep_records',
+           'at_hand', 'rearranged', 'digest_of', 'as_text', 'from_text', 'plain_text', 'FilesBelow', 'places_of',
+           'all_different', 'sound_groups', 'unsound', 'stored_index', 'stored_vectors', 'placed']
 
 # %% ../../nbs/retriever/04_index.ipynb #22d6ad59
 import contextlib, hashlib, json, os, re, zlib
@@ -179,6 +179,12 @@ def zero_shot(cls: Retriever, encoder: str = "mini", query: str = "", device: st
     config = zero_shot_config(encoder, query, device)
     return cls(build_method(config), config, f"{Path(encoder).name}, without training")
 
+# %% ../../nbs/retriever/04_index.ipynb #3d1f80aa
+def is_drawn(dataset: str) -> bool:
+    "Are the pictures of a data set of that name drawn? Then they can be drawn again; no name is none."
+    spec = SPECS.get(dataset)
+    return spec is not None and spec.drawn
+
 # %% ../../nbs/retriever/04_index.ipynb #e4ef1c56
 @patch(as_prop=True)
 def trained_on(self: Retriever) -> str:
@@ -245,13 +251,18 @@ def places(self: Retriever, what: str) -> Places:
     return self.kept(what, self.files, lambda files: Places(list(map(os.path.abspath, files.values()))))
 
 # %% ../../nbs/retriever/04_index.ipynb #8bdd7018
+def categories_of(galleries: Mapping[str, list[str]], names: list[str]) -> dict[str, tuple[str, ...]]:
+    "The categories of each name; none where there is one gallery alone."
+    of = dict.fromkeys(names, ())
+    for category, members in (galleries if len(galleries) > 1 else {}).items():
+        for name in members:
+            if name in of: of[name] += (category,)
+    return of
+
 def grouped(galleries: Mapping[str, list[str]], names: list[str]) -> tuple[list[tuple[str, ...]], Tensor]:
     "The groups of categories that occur, and the number (N,) of each name's group; none for one gallery."
     if len(galleries) < 2: return [], torch.empty(0, dtype=torch.int64)
-    of = dict.fromkeys(names, ())
-    for category, members in galleries.items():
-        for name in members:
-            if name in of: of[name] += (category,)
+    of = categories_of(galleries, names)
     number = {group: place for place, group in enumerate(dict.fromkeys(of.values()))}
     return list(number), torch.tensor([number[group] for group in of.values()], dtype=torch.int64)
 
@@ -390,6 +401,11 @@ class Pictures:
     root: Path | None = None
     galleries: Mapping[str, list[str]] = field(default_factory=dict)  # category to ids
 
+    @property
+    def drawn(self) -> bool:
+        "Are they drawn when they are looked at?"
+        return isinstance(self.files, DrawnOnDemand)
+
 # %% ../../nbs/retriever/04_index.ipynb #2883b16f
 def content_keys(files: Mapping[str, Path], unreadable: dict[str, str]) -> dict[str, str]:
     "The content key of every file that can be read, id to key; the others are noted in `unreadable`."
@@ -408,19 +424,17 @@ def source_name(source: Path | str | CIRDataset) -> str:
     """What an index remembers as its source: the path of a folder; of a data set the split too. Drawn data
     are the same wherever they lie: of their folder the name alone counts."""
     if not isinstance(source, CIRDataset): return str(Path(source).expanduser().resolve())
-    spec = SPECS.get(source.name)
-    place = source.root.name if spec and spec.drawn else source.root.resolve()
+    place = source.root.name if is_drawn(source.name) else source.root.resolve()
     return f"{place} {source.split}"
 
 # %% ../../nbs/retriever/04_index.ipynb #639c210b
 def pictures_of(source: Path | str | CIRDataset) -> Pictures:
     "The pictures of a folder or of a data set's gallery."
-    name = source_name(source)
+    name, unreadable = source_name(source), {}
     if not isinstance(source, CIRDataset):
         files, unreadable = picture_files(name)
         return Pictures(name, files, content_keys(files, unreadable), unreadable, Path(name))
-    spec, unreadable = SPECS.get(source.name), {}
-    if spec and spec.drawn:
+    if is_drawn(source.name):
         keys = {image: f"{source.root.name}/{image}" for image in source.gallery}
         return Pictures(name, source.files, keys, {}, source.root, source.galleries)
     files = {image: source.files[image] for image in source.gallery}
@@ -554,7 +568,7 @@ def adopt(self: Retriever, pictures: Pictures, known: dict[str, Tensor]) -> None
     rows = [row for row, found in zip(rows, there) if found]
     new = [known[key] for key, row in zip(keys.values(), rows) if row < 0]
     if new: check_embeddings("embeddings", torch.stack(new), "(N,T,D)")
-    whole = len(keys) == len(pictures.keys) and isinstance(pictures.files, DrawnOnDemand)
+    whole = len(keys) == len(pictures.keys) and pictures.drawn
     self.embeddings = rearranged(self.embeddings, rows, new)
     self.files = pictures.files if whole else {name: pictures.files[name] for name in keys}
     self.keys, self.source, self.root = list(keys.values()), pictures.name, pictures.root

@@ -31,7 +31,7 @@ from ..data.pictures import as_rgb, open_image, picture_of
 from ..files import DataError, replacing, write_json
 from ..readings import mean_vector
 from .drawn import garments_at_once
-from .index import Retriever, SHIPPED, large_enough, source_name
+from .index import Retriever, SHIPPED, is_drawn, large_enough, plain_text, source_name
 from .lessons import TAUGHT, read_lessons, told_lessons
 from .search import Result, unheard
 from ..show.figures import data_title
@@ -252,8 +252,7 @@ def marks_of(self: Session, reference: str, text: str, results: list[Result]) ->
 # %% ../../nbs/retriever/08_session.ipynb #112c950c
 def training_texts(retriever: Retriever) -> list[str]:
     "The requests a model was trained on, or the phrases they were made of; empty where they are not known."
-    spec = SPECS.get(retriever.config.dataset)  # none without training
-    if spec and spec.drawn: return caption_corpus()
+    if is_drawn(retriever.config.dataset): return caption_corpus()
     folder = retriever.folder
     if folder is None: return []
     kept = folder / TAUGHT
@@ -296,8 +295,7 @@ def not_understood(self: Session, text: str) -> str:
     strange = new_words(text, self.phrases)
     more = " …" if len(strange) > 5 else ""
     if strange: told.append(f"in none of its training requests: {', '.join(strange[:5])}{more}")
-    spec = SPECS.get(self.retriever.config.dataset)
-    if self.phrases and spec and spec.drawn:
+    if self.phrases and is_drawn(self.retriever.config.dataset):
         denied = new_denial(text, self.phrases)
         if denied: told.append(f"a denial it was never taught: “{denied}” may find just that")
     return "; ".join(filter(None, told))
@@ -401,7 +399,7 @@ def again(self: Session) -> Step | None:
 def set_gate(self: Session, gate) -> Step | None:
     "Use another gate from now on, and for the last step."
     with self.changing():
-        self.gate = gate
+        self.gate = gate if isinstance(gate, str) else tuple(gate)
         return self.again()
 
 # %% ../../nbs/retriever/08_session.ipynb #46f82f1f
@@ -414,11 +412,18 @@ def set_balance(self: Session, balance: float) -> Step | None:
         return self.again()
 
 @patch
-def avoid(self: Session, name: str, avoided: bool = True) -> Step | None:
-    "Rank what resembles a picture of the gallery lower, or no longer so; itself it is left out."
+def avoid(self: Session, name: str) -> Step | None:
+    "Rank what resembles a picture of the gallery lower; itself it is left out."
     if name not in self.retriever.files: raise ValueError(f"{name!r} is not a picture of this gallery")
     with self.changing():
-        self.avoided = (*(other for other in self.avoided if other != name), *([name] if avoided else []))
+        self.avoided = (*(other for other in self.avoided if other != name), name)
+        return self.again()
+
+@patch
+def allow(self: Session, name: str) -> Step | None:
+    "Count a refused picture again."
+    with self.changing():
+        self.avoided = tuple(other for other in self.avoided if other != name)
         return self.again()
 
 @patch
@@ -490,15 +495,13 @@ def result_sheet(self: Session, side: int = 148, columns: int = 5) -> Image.Imag
     sheet = Image.new("RGB", (columns * (side + gap), rows * (side + line)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     sheet.paste(framed(self.picture(step.reference, side), "query", side), (0, 0))
-    asked = f"{step.reference}: {step.text}".encode("utf-8", "replace").decode()
-    said = "\n".join(textwrap.wrap(asked, 80)[:8])
+    said = "\n".join(textwrap.wrap(plain_text(f"{step.reference}: {step.text}"), 80)[:8])
     draw.multiline_text((side + gap, 6), said, fill="black", font=font)
     marks = step.marks or ["query"] * len(step.results)
     for i, (result, mark) in enumerate(zip(step.results, marks)):
         x, y = i % columns * (side + gap), (1 + i // columns) * (side + line)
         sheet.paste(framed(self.picture(result.id, side), mark, side), (x, y))
-        name = result.id.encode("utf-8", "replace").decode()
-        told = f"{i + 1}. {result.score:.3f}\n{name[:22]}"
+        told = f"{i + 1}. {result.score:.3f}\n{plain_text(result.id)[:22]}"
         draw.text((x + 4, y + side), told, fill="black", font=font, spacing=1)
     return sheet
 
@@ -548,7 +551,7 @@ def dataset_of(name: str, size: str = "full") -> CIRDataset | None:
     "The validation split that a name, or a folder with a table of requests, stands for; None for a folder."
     if has_table(name): return own_requests(name)
     if name not in galleries() or name == OWN: return None
-    return garments_at_once("val", size) if SPECS[name].drawn else load_dataset(name, split="val")
+    return garments_at_once("val", size) if is_drawn(name) else load_dataset(name, split="val")
 
 # %% ../../nbs/retriever/08_session.ipynb #3c8f7ab2
 def dataset_or_fault(name: str, size: str = "full") -> tuple[CIRDataset | None, str]:
@@ -573,7 +576,7 @@ def index_kept(retriever: Retriever):
 def open_gallery(retriever: Retriever, name: str, size: str = "full", progress=None) -> tuple[Session, str]:
     "A session on a gallery by name, or on a folder; and what indexing found, in words."
     started, (dataset, fault) = time.perf_counter(), dataset_or_fault(name, size)
-    drawn, in_memory = dataset and SPECS[dataset.name].drawn, retriever.store is None
+    drawn, in_memory = dataset and is_drawn(dataset.name), retriever.store is None
     if drawn and in_memory and not len(retriever):
         retriever.read_index(SHIPPED)  # fits if this is the very model that ships
     source = dataset or str(Path(name).expanduser())

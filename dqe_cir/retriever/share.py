@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MINI_LICENCE', 'ENCODER_LICENCE', 'DATA_NOTES', 'USAGE', 'FILES', 'is_place', 'titled', 'licence_notes',
            'training_command', 'shown_metrics', 'metric_lines', 'card_rows', 'encoder_words', 'eval_results',
-           'card_head', 'model_card', 'check_free', 'repository', 'export', 'main']
+           'card_head', 'model_card', 'check_free', 'repository', 'export']
 
 # %% ../../nbs/retriever/07_share.ipynb #cbb90d89
-import argparse, os, re, shlex, sys
+import os, re, shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,8 +20,8 @@ from ..data.datasets import SPECS
 from ..encoder.checkpoints import LIBRARY_ERRORS
 from ..files import DataError, write_json, write_tensors, write_text
 from .drawn import DrawnOnDemand, garments_at_once
-from .index import Retriever
-from .lessons import ROWS, TAUGHT, VECTORS, write_lessons
+from .index import Retriever, is_drawn
+from .lessons import ROWS, VECTORS, write_lessons
 from ..trainer.config import TrainConfig, ZeroShotConfig, train_config
 from ..trainer.runs import CAME_FROM, CONTENT, ELSEWHERE, MADE_FROM, aside, identity, made_from
 from ..trainer.runs import WHERE, trained_state
@@ -252,28 +252,7 @@ def export(run: Path | str, folder: Path | str, progress: Callable | None = None
     """Write the exported folder of a finished run, with the index of validation pictures if these are drawn;
     `encoder` is where that of the run lies now, if it has moved."""
     retriever = Retriever.load(run, encoder=encoder)
-    spec = SPECS.get(retriever.config.dataset)
-    if spec and spec.drawn:
+    if is_drawn(retriever.config.dataset):
         retriever.index(garments_at_once("val", retriever.config.size), progress=progress)
     retriever.save_pretrained(folder)
     return Path(folder)
-
-# %% ../../nbs/retriever/07_share.ipynb #d51d3a3f
-def main(arguments: list[str] | None = None) -> int:
-    "`python -m dqe_cir.retriever export RUN FOLDER`."
-    parser = argparse.ArgumentParser(prog="python -m dqe_cir.retriever")
-    told = "write a finished run as a folder that Retriever.load reads"
-    command = parser.add_subparsers(required=True).add_parser("export", help=told)
-    command.add_argument("run", help="the run folder")
-    command.add_argument("folder", help="the folder to write")
-    command.add_argument("--encoder", default="", help="where the run's encoder lies, if it has moved")
-    chosen = parser.parse_args(arguments)
-    try: folder = export(chosen.run, chosen.folder, encoder=chosen.encoder)
-    except ValueError as problem:
-        print(problem, file=sys.stderr)
-        return 1
-    if (Path(chosen.run) / TAUGHT).exists() and not (folder / ROWS).exists():
-        missing = "the training data are not at hand: exported without what the model was taught"
-        print(missing, file=sys.stderr)
-    print(*(f"{path.stat().st_size:>12,}  {path.name}" for path in sorted(folder.iterdir())), sep="\n")
-    return 0
