@@ -101,10 +101,12 @@ def mean_terms(method: Method, batch, stepper: Stepper) -> tuple[torch.Tensor, d
 
 # %% ../../nbs/trainer/04_step.ipynb #8a77d367
 def clipped_together(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
-    "The parameters whose gradients are clipped by one norm: all, and those of groups that are apart."
+    """The parameters whose gradients are clipped by one norm: all, and those of groups that are apart. None
+    without a gradient, and no list without parameters: its norm would not be on the device."""
     together = {"all": [], "apart": []}
-    for group in optimizer.param_groups: together[group["clip"]] += group["params"]
-    return list(together.values())
+    for group in optimizer.param_groups:
+        together[group["clip"]] += [parameter for parameter in group["params"] if parameter.grad is not None]
+    return [parameters for parameters in together.values() if parameters]
 
 def odd_gradient(method: nn.Module) -> str:
     "The name of a parameter whose gradient is not finite; after clipping that may be all of them."
