@@ -206,6 +206,8 @@ def dress(axes, x_axis, y_axis) -> None:
         if axis.showticklabels is False or axis.visible is False: getattr(axes, f"set_{name}ticks")([])
         if axis.range is not None and axis.type != "log": getattr(axes, f"set_{name}lim")(*axis.range)
         elif axis.autorange == "reversed": flip()
+        elif axis.rangemode == "tozero" and getattr(axes.dataLim, f"{name}0") >= 0:
+            getattr(axes, f"set_{name}lim")(0)
     axes.grid(True, color="#e6ebf2", lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, length=0)
