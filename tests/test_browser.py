@@ -287,7 +287,7 @@ def test_a_folder_of_ones_own(lab, mixed_folder):
     lab.page.get_by_label("Gallery").select_option("a folder of your own pictures"); lab.answered()
     box = lab.page.get_by_placeholder("path of a folder")
     box.fill(str(folder)); box.press("Enter")
-    lab.page.get_by_text(f"{len(good)} pictures").first.wait_for(timeout=60_000)  # it says `opening` before that
+    lab.until(lambda: "opening" not in lab.status, "an opened folder", 60)
     lab.answered(60)
     assert f"{len(good)} pictures" in lab.status and f"{len(bad)} unreadable" in lab.status
     lab.search("is red")

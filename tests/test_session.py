@@ -71,6 +71,29 @@ def test_folders_of_one_name_have_indexes_of_their_own(own, retriever):
     assert {result.id for result in session.search("is blue").results} == {"x", "y", "z"} - {session.reference}
 
 
+def test_a_question_about_one_gallery_does_not_hinder_the_next(own, retriever):
+    "While pictures are encoded the retriever is between two galleries; the page then asks it nothing."
+    first, second = own("first"), own("second", "xyz", colours=("black", "white", "cyan"))
+    page, moved = SearchPage(retriever, size="smoke"), []
+    page.widget.observe(lambda change: moved.append(change["new"]["status"]), "state")
+    page.open(str(second))  # its index is kept from now on
+    page.open(str(first))
+    page.session.search("is blue")
+    Image.new("RGB", (40, 40), "yellow").save(second / "images" / "y.png")
+    page.open(str(second))
+    assert "encoding pictures: 1 of 1" in moved and ": 3 pictures: 2 kept, 1 changed in" in page.opened
+
+
+def test_garments_are_not_encoded_again_after_a_folder(own, retriever, monkeypatch):
+    folder = own("shop")
+    page = SearchPage(retriever)
+    page.open(str(folder))
+    page.session.search("is blue")
+    monkeypatch.undo()
+    page.open("garments")
+    assert ": 2,100 pictures, index as shipped" in page.opened
+
+
 def test_a_picture_that_was_replaced_is_seen(own, retriever):
     "Also where the data set is open already, and as many pictures are there."
     folder = own("shop")

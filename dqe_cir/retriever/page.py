@@ -110,10 +110,10 @@ def guarded(self: SearchPage, action):
 # %% ../../nbs/retriever/09_page.ipynb #9a7d7dce
 @patch
 def working(self: SearchPage, done: int, total: int) -> None:
-    "Move the progress bar."
+    "Move the progress bar, and nothing else: the retriever is between two galleries, and can be asked nothing."
     self.progress = done / total
     self.say(f"encoding pictures: {done:,} of {total:,}")
-    self.show()
+    self.widget.state = self.widget.state | dict(progress=self.progress, status=self.status.value)
 
 # %% ../../nbs/retriever/09_page.ipynb #7eb23b61
 OF_THE_SESSION = dict(avoid="avoid", allow="allow", more="more", weights="set_gate", balance="set_balance")

@@ -577,10 +577,10 @@ def open_gallery(retriever: Retriever, name: str, size: str = "full", progress=N
     "A session on a gallery by name, or on a folder; and what indexing found, in words."
     started, (dataset, fault) = time.perf_counter(), dataset_or_fault(name, size)
     drawn, in_memory = dataset and is_drawn(dataset.name), retriever.store is None
-    if drawn and in_memory and not len(retriever):
-        retriever.read_index(SHIPPED)  # fits if this is the very model that ships
     source = dataset or str(Path(name).expanduser())
     with index_kept(retriever):
+        if drawn and in_memory and retriever.source != source_name(dataset):
+            retriever.read_index(SHIPPED)  # fits if this is the very model that ships
         if drawn and retriever.source == source_name(dataset) and len(retriever) == len(dataset.gallery):
             found = f"{len(retriever):,} pictures, index as shipped"
         else:
