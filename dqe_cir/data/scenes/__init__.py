@@ -1,0 +1,1 @@
+"A drawn world of scenes: their pictures, requests, benchmark and reader."
