@@ -7,8 +7,11 @@ from dqe_cir.data.cirr import load_cirr
 from dqe_cir.data.circo import load_circo
 from dqe_cir.data.hp_fashioniq import load_hp_fashioniq
 from dqe_cir.data.custom import load_custom
-from dqe_cir.data.garments.reader import load_garments, uneven_targets
+from dqe_cir.data.drawn import uneven_targets
+from dqe_cir.data.garments.reader import load_garments
 from dqe_cir.data.garments.benchmark import make_garments
+from dqe_cir.data.scenes.benchmark import make_scenes
+from dqe_cir.data.scenes.reader import load_scenes
 from dqe_cir.data.datasets import SPECS, load_dataset, sample_banner
 from dqe_cir.data.verify import verify_images
 from dqe_cir._moved import old_name

@@ -7,23 +7,21 @@ __all__ = ['SIZES', 'HELD_OUT_SHARE', 'HELD_OUT_IN_VAL', 'MENTION_COUNTS', 'DRIF
            'combinations', 'sample_images', 'Query', 'differing_targets', 'mentions_between', 'question',
            'sample_queries', 'right_answers', 'World', 'make_world', 'fashioniq_rows', 'write_fashioniq', 'cirr_names',
            'similar_group', 'group_query', 'cirr_queries', 'write_cirr', 'cirr_paths', 'render', 'render_all',
-           'fingerprint', 'the_truth', 'build', 'link', 'abandoned', 'make_garments']
+           'fingerprint', 'the_truth', 'build', 'link', 'make_garments']
 
 # %% ../../../nbs/data/garments/03_benchmark.ipynb #a9403383
-import hashlib, os, shutil, tempfile, zlib
-from concurrent.futures import ProcessPoolExecutor
+import hashlib, os, shutil, zlib
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from ...core import data_folder, writable_data
+from ...core import data_folder
+from ..drawn import draw_all, made_once
 from .draw import ATTRIBUTES, CATEGORIES, Garment, draw_garment
 from .requests import Mention, NEVER_DRIFTS, codes, is_relevant, mention_of
 from .requests import relevant_rows, sentence, two_captions
-from ...files import DataError, refused_by_disk, write_json
-from ...terminal import Progress
+from ...files import write_json
 
 # %% ../../../nbs/data/garments/03_benchmark.ipynb #123ba066
 SIZES = {  # per category: images and triplets; all: queries in CIRR's layout
@@ -257,16 +255,8 @@ def render_all(
     folder.mkdir(parents=True)
     jobs = [(str(folder / f"{name}.png"), tuple(asdict(garment).values()), name, seed)
             for name, garment in images.items()]
-    workers = workers or (min(os.cpu_count() or 1, 8) if len(jobs) >= 1000 else 1)
-    with Progress(total=len(jobs), desc="drawing garments", unit="pictures", disable=not progress) as bar:
-        if workers == 1:
-            for job in jobs:
-                render(job)
-                bar.update()
-            return
-        from dqe_cir.data.garments.benchmark import render as importable  # new processes find it by its name
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            for _ in pool.map(importable, jobs, chunksize=50): bar.update()
+    from dqe_cir.data.garments.benchmark import render as importable  # new processes find it by its name
+    draw_all(importable, jobs, "drawing garments", workers, progress)
 
 # %% ../../../nbs/data/garments/03_benchmark.ipynb #52cbee80
 VERSION = 3
@@ -308,16 +298,6 @@ def link(source: Path, to: Path) -> None:
     try: os.link(source, to)
     except OSError: shutil.copyfile(source, to)
 
-# %% ../../../nbs/data/garments/03_benchmark.ipynb #27136519
-def abandoned(part: Path) -> bool:
-    "Was an unfinished folder left behind? Its name holds the number of the process that builds it."
-    process = part.name.rsplit(".part-", 1)[1].split("-")[0]
-    if not process.isdigit(): return True
-    try: os.kill(int(process), 0)
-    except ProcessLookupError: return True
-    except PermissionError: pass
-    return False
-
 # %% ../../../nbs/data/garments/03_benchmark.ipynb #08230007
 def make_garments(
     folder: Path | str | None = None, size: str = "full", seed: int = 0, workers: int | None = None,
@@ -327,20 +307,4 @@ def make_garments(
     fashioniq/, cirr/ and garments.json."""
     if size not in SIZES: raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
     root = Path(folder or data_folder()) / f"garments-{size}-{fingerprint(size, seed)}"
-    if root.exists(): return root
-    writable_data(root.parent)
-    for leftover in root.parent.glob(f"{root.name}.part-*"):
-        if abandoned(leftover): shutil.rmtree(leftover, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{root.name}.part-{os.getpid()}-", dir=root.parent))
-    part.chmod(0o755)
-    try:
-        build(part, size, seed, workers, progress)
-        try: os.replace(part, root)  # the whole folder at once
-        except OSError:
-            if not root.exists(): raise  # somebody else was faster: theirs is the same
-    except OSError as problem:
-        said = refused_by_disk(problem)
-        if not said: raise
-        raise DataError(f"{root} could not be drawn ({said}): make room and run it again") from None
-    finally: shutil.rmtree(part, ignore_errors=True)
-    return root
+    return made_once(root, lambda part: build(part, size, seed, workers, progress))

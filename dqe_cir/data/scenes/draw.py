@@ -59,6 +59,7 @@ class Scene:
     light: str
 
     def __post_init__(self):
+        "`ValueError` for values that there are not, and for what no scene can be."
         for name, known in ATTRIBUTES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
@@ -74,6 +75,7 @@ def how_many(scene: Scene, group: str) -> int:
     "The number of a group's objects, 0 where it is missing."
     return ATTRIBUTES["dish_number"].index(getattr(scene, f"{group}_number"))
 
+# %% ../../../nbs/data/scenes/01_draw.ipynb #23f1cf1a
 def impossible(scene: Scene) -> str:
     "What no scene can be, in words; empty for a possible one."
     for group in GROUPS:
@@ -82,8 +84,8 @@ def impossible(scene: Scene) -> str:
     if len(present(scene)) < 2: return "cannot miss more than one of its groups"
     count = sum(how_many(scene, group) for group in GROUPS)
     if not 3 <= count <= 6: return f"has three to six objects, not {count}"
-    if scene.large not in ("none", *present(scene)): return f"cannot have a large {scene.large} that is missing"
-    return ""
+    if scene.large in ("none", *present(scene)): return ""
+    return f"cannot have a large {scene.large} that is missing"
 
 # %% ../../../nbs/data/scenes/01_draw.ipynb #33273979
 def oval(x: float, y: float, across: float, up: float, start: float = 0, end: float = 360) -> list[tuple]:
@@ -96,6 +98,7 @@ def band(x: float, y: float, radius: float, wide: float, start: float, end: floa
     inner = oval(x, y, radius - wide, radius - wide, start, end)
     return oval(x, y, radius, radius, start, end) + inner[::-1]
 
+# %% ../../../nbs/data/scenes/01_draw.ipynb #6fd3516c
 def block(left: float, low: float, right: float, high: float) -> list[tuple]:
     "The corners of a rectangle."
     return [(left, low), (right, low), (right, high), (left, high)]
@@ -103,7 +106,8 @@ def block(left: float, low: float, right: float, high: float) -> list[tuple]:
 # %% ../../../nbs/data/scenes/01_draw.ipynb #924e4945
 DISHES = {
     "cup": [("main", band(0.62, 0.72, 0.5, 0.2, -90, 90)),
-            ("main", [(-0.75, 1.4), (-0.6, 0), (0.5, 0), (0.65, 1.4)]), ("dark", oval(-0.05, 1.4, 0.7, 0.16))],
+            ("main", [(-0.75, 1.4), (-0.6, 0), (0.5, 0), (0.65, 1.4)]),
+            ("dark", oval(-0.05, 1.4, 0.7, 0.16))],
     "bottle": [("main", [(-0.45, 0), (0.45, 0), (0.45, 1.2), (0.17, 1.6), (0.17, 2.1),
                          (-0.17, 2.1), (-0.17, 1.6), (-0.45, 1.2)]),
                ("pale", block(-0.45, 0.35, 0.45, 0.85)), ("dark", block(-0.2, 2.0, 0.2, 2.3))],
@@ -111,10 +115,12 @@ DISHES = {
              ("pale", oval(0, 0.93, 0.85, 0.13))],
     "teapot": [("main", band(0.8, 0.8, 0.5, 0.18, -100, 100)),
                ("main", [(-0.5, 0.4), (-1.35, 1.35), (-1.1, 1.45), (-0.4, 0.95)]),
-               ("main", oval(0, 0.72, 0.85, 0.72)), ("dark", oval(0, 1.4, 0.42, 0.12)), ("dark", oval(0, 1.6, 0.15, 0.15))],
+               ("main", oval(0, 0.72, 0.85, 0.72)), ("dark", oval(0, 1.4, 0.42, 0.12)),
+               ("dark", oval(0, 1.6, 0.15, 0.15))],
     "vase": [("stem", block(-0.06, 1.2, 0.06, 1.9)), ("brass", oval(0, 2.05, 0.42, 0.38)),
              ("dark", oval(0, 2.05, 0.15, 0.14)),
-             ("main", [(-0.3, 0), (-0.65, 0.6), (-0.22, 1.15), (-0.4, 1.4), (0.4, 1.4), (0.22, 1.15), (0.65, 0.6), (0.3, 0)])],
+             ("main", [(-0.3, 0), (-0.65, 0.6), (-0.22, 1.15), (-0.4, 1.4),
+                       (0.4, 1.4), (0.22, 1.15), (0.65, 0.6), (0.3, 0)])],
 }
 
 # %% ../../../nbs/data/scenes/01_draw.ipynb #147846d9
@@ -128,19 +134,24 @@ THINGS = {
               ("ink", block(0, 0.92, 0.38, 1.04))],
     "candle": [("brass", oval(0, 0.12, 0.6, 0.15)), ("main", block(-0.27, 0.12, 0.27, 1.6)),
                ("brass", [(-0.2, 1.7), (0, 1.6), (0.2, 1.7), (0.16, 1.95), (0, 2.35), (-0.16, 1.95)])],
-    "box": [("main", block(-0.8, 0, 0.8, 1.3)), ("pale", block(-0.15, 0, 0.15, 1.3)), ("dark", block(-0.88, 1.1, 0.88, 1.42)),
+    "box": [("main", block(-0.8, 0, 0.8, 1.3)), ("pale", block(-0.15, 0, 0.15, 1.3)),
+            ("dark", block(-0.88, 1.1, 0.88, 1.42)),
             ("pale", oval(-0.3, 1.62, 0.32, 0.2)), ("pale", oval(0.3, 1.62, 0.32, 0.2))],
 }
 
 # %% ../../../nbs/data/scenes/01_draw.ipynb #9051820d
 WHEELS = [("ink", oval(-0.6, 0.22, 0.28, 0.28)), ("ink", oval(0.6, 0.22, 0.28, 0.28))]
 TOYS = {
-    "ball": [("main", oval(0, 0.8, 0.82, 0.8)), ("pale", [*oval(0, 0.95, 0.82, 0.16, 180, 360), *oval(0, 0.67, 0.82, 0.16, 360, 180)])],
-    "car": [("main", [(-1.2, 0.2), (1.2, 0.2), (1.2, 0.7), (0.75, 0.8), (0.4, 1.3), (-0.6, 1.3), (-0.85, 0.8), (-1.2, 0.7)]),
+    "ball": [("main", oval(0, 0.8, 0.82, 0.8)),
+             ("pale", [*oval(0, 0.95, 0.82, 0.16, 180, 360), *oval(0, 0.67, 0.82, 0.16, 360, 180)])],
+    "car": [("main", [(-1.2, 0.2), (1.2, 0.2), (1.2, 0.7), (0.75, 0.8),
+                      (0.4, 1.3), (-0.6, 1.3), (-0.85, 0.8), (-1.2, 0.7)]),
             ("pale", [(-0.6, 0.8), (0.55, 0.8), (0.3, 1.15), (-0.5, 1.15)]), *WHEELS],
     "boat": [("dark", block(-0.05, 0.5, 0.05, 2.2)), ("pale", [(0.1, 0.75), (0.85, 0.75), (0.1, 2.1)]),
-             ("main", [(-0.1, 0.75), (-0.8, 0.75), (-0.1, 1.9)]), ("main", [(-1.1, 0.6), (1.1, 0.6), (0.7, 0), (-0.7, 0)])],
-    "duck": [("main", [(-1.25, 1.15), (-0.7, 0.35), (0.0, 0.7)]), ("main", oval(-0.05, 0.52, 0.88, 0.52)), ("main", oval(0.5, 1.25, 0.46, 0.44)),
+             ("main", [(-0.1, 0.75), (-0.8, 0.75), (-0.1, 1.9)]),
+             ("main", [(-1.1, 0.6), (1.1, 0.6), (0.7, 0), (-0.7, 0)])],
+    "duck": [("main", [(-1.25, 1.15), (-0.7, 0.35), (0.0, 0.7)]), ("main", oval(-0.05, 0.52, 0.88, 0.52)),
+             ("main", oval(0.5, 1.25, 0.46, 0.44)),
              ("brass", [(0.85, 1.35), (1.4, 1.15), (0.85, 1.02)]), ("ink", oval(0.58, 1.38, 0.09, 0.09))],
     "house": [("main", block(-0.75, 0, 0.75, 1.15)), ("dark", [(-1.0, 1.1), (1.0, 1.1), (0, 2.0)]),
               ("pale", block(-0.5, 0.5, -0.1, 0.9)), ("ink", block(0.12, 0, 0.5, 0.75))],
@@ -153,14 +164,16 @@ def placed(points: list[tuple], x: float, y: float, scale: float, tilt: float) -
     turn, rise = math.cos(tilt), math.sin(tilt)
     return [(x + scale * (turn * a + rise * b), y - scale * (turn * b - rise * a)) for a, b in points]
 
+# %% ../../../nbs/data/scenes/01_draw.ipynb #9d53273a
 def shades(colour: np.ndarray) -> dict[str, tuple[int, ...]]:
     "The colours (3,) of an object's polygons by the name of their shade, and `edge`, that of its outline."
-    pale = np.array((250, 250, 244)) if not is_light(colour) or colour.min() < 170 else np.array((205, 210, 220))
+    pale = np.array((205, 210, 220) if colour.min() >= 170 else (250, 250, 244))
     edge = colour * (0.45 if is_light(colour) else 0.5)
     mixed = dict(main=colour, dark=faded(colour, 0.38), pale=pale, edge=edge)
     fixed = dict(brass=(236, 164, 48), stem=(70, 120, 60), ink=(36, 36, 42))
     return fixed | {name: tuple(int(value) for value in np.clip(rgb, 0, 255)) for name, rgb in mixed.items()}
 
+# %% ../../../nbs/data/scenes/01_draw.ipynb #473eafca
 def draw_object(draw: ImageDraw.ImageDraw, kind: str, colour: np.ndarray, place: tuple, line: int) -> None:
     "One object; `place` is what `placed` takes after the points."
     paint = shades(colour)
@@ -174,6 +187,7 @@ VIEWS = {"far": dict(size=0.098, step=0.265, base=0.74), "near": dict(size=0.124
 STANDING = {1: [(0, 0)], 2: [(-0.85, -0.2), (0.85, 0.2)], 3: [(-0.95, -0.6), (0.95, -0.6), (0.0, 0.7)]}
 SMALLER, LARGER = {1: 1.0, 2: 0.76, 3: 0.66}, 1.42
 
+# %% ../../../nbs/data/scenes/01_draw.ipynb #53c26adf
 @dataclass(frozen=True)
 class Thing:
     "One object: what it is and where its base stands, with its size and tilt."
@@ -200,6 +214,7 @@ def group_objects(scene: Scene, group: str, rng: np.random.Generator) -> list[Th
         objects.append(Thing(kind, colour, x, y, size * rng.uniform(0.97, 1.03), rng.uniform(-0.06, 0.06)))
     return objects
 
+# %% ../../../nbs/data/scenes/01_draw.ipynb #3a7559fa
 def arranged(scene: Scene, rng: np.random.Generator) -> list[Thing]:
     "All objects of a scene, those further back first."
     objects = [thing for group in present(scene) for thing in group_objects(scene, group, rng)]
@@ -220,6 +235,7 @@ def grain(ground: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -
         return np.where(odd[..., None] > 0, np.array((236, 226, 214)), np.array((196, 112, 108)))
     return np.full((*x.shape, 3), (228, 228, 232), dtype=float)
 
+# %% ../../../nbs/data/scenes/01_draw.ipynb #a4824f2c
 def room(scene: Scene, canvas: int, rng: np.random.Generator) -> np.ndarray:
     "Wall and ground without objects, (C,C,3)."
     y, x = np.mgrid[0:canvas, 0:canvas] / canvas

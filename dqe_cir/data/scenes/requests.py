@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MOODS', 'NAMES', 'ADDED', 'PLACED', 'REMOVED', 'REPLACED', 'RECOLOURED', 'UNCOLOURED', 'COUNTED', 'MORE', 'COMPARED',
-           'MOVED', 'SWAPPED', 'BIGGER', 'SMALLER_WAYS', 'GROUNDS', 'GROUNDED', 'UNGROUNDED', 'SEEN', 'SCENE_WIDE',
+           'MOVED', 'SWAPPED', 'BIGGER', 'SHRUNK', 'GROUNDS', 'GROUNDED', 'UNGROUNDED', 'SEEN', 'SCENE_WIDE',
            'NAMED_SHARE', 'ORDER_SHARE', 'DRIFT_SHARE', 'MOST_CHANGES', 'FRAMES', 'MOOD_SHARES', 'JOINERS', 'DESCRIBED',
            'WORD_LISTS', 'Change', 'moods', 'called', 'definite', 'indefinite', 'pair', 'group_values', 'places_of',
-           'additions', 'removals', 'replacements', 'recolourings', 'countings', 'moves', 'reference_in', 'exchanged',
+           'additions', 'removals', 'replacements', 'recolourings', 'countings', 'reference_in', 'exchanged', 'moves',
            'resizings', 'groundings', 'seen_changes', 'group_changes', 'changes_between', 'asked_names',
            'request_between', 'sentence', 'allowed_values', 'is_relevant', 'codes', 'relevant_rows', 'caption_of',
            'caption_corpus']
@@ -26,7 +26,7 @@ MOODS = ("command", "statement", "fragment")
 
 @dataclass(frozen=True)
 class Change:
-    "One requested change: the values it allows by attribute, its templates by mood, and fillings of their slots."
+    "One requested change: the values it allows by attribute, templates by mood, and fillings of their slots."
     asks: dict[str, frozenset[str]]
     templates: dict[str, tuple[str, ...]]
     slots: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -48,9 +48,10 @@ def moods(commands: str, statements: str, fragments: str) -> dict[str, tuple[str
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #e87be79a
 NAMES = dict(
-    cup=("cup", "mug"), bottle=("bottle",), bowl=("bowl",), teapot=("teapot", "tea pot"), vase=("vase", "flower vase"),
-    book=("book",), lamp=("lamp",), clock=("clock", "alarm clock"), candle=("candle",), box=("gift box", "present"),
-    ball=("ball",), car=("car", "toy car"), boat=("boat", "sailboat"), duck=("duck", "rubber duck"), house=("house", "toy house"))
+    cup=("cup", "mug"), bottle=("bottle",), bowl=("bowl",), teapot=("teapot", "tea pot"),
+    vase=("vase", "flower vase"), book=("book",), lamp=("lamp",), clock=("clock", "alarm clock"),
+    candle=("candle",), box=("gift box", "present"), ball=("ball",), car=("car", "toy car"),
+    boat=("boat", "sailboat"), duck=("duck", "rubber duck"), house=("house", "toy house"))
 
 def called(kind: str, number: str) -> tuple[str, ...]:
     "The names of one or of several of a kind."
@@ -69,7 +70,8 @@ def definite(scene: Scene, group: str) -> tuple[str, ...]:
 def indefinite(kind: str, number: str, colour: str = "") -> tuple[str, ...]:
     "What is not yet there: a red cup, two cups."
     names = [f"{colour} {name}".strip() for name in called(kind, number)]
-    return tuple(f"{'a' if number == 'one' else number} {name}".replace("a alarm", "an alarm") for name in names)
+    before = "a" if number == "one" else number
+    return tuple(f"{before} {name}".replace("a alarm", "an alarm") for name in names)
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #3257639f
 def pair(number: str, one: str, several: str) -> str:
@@ -78,8 +80,10 @@ def pair(number: str, one: str, several: str) -> str:
 
 def group_values(group: str, kinds, colours, numbers) -> dict[str, frozenset[str]]:
     "What is allowed of a group's three attributes."
-    return {group: frozenset(kinds), f"{group}_colour": frozenset(colours), f"{group}_number": frozenset(numbers)}
+    names = (group, f"{group}_colour", f"{group}_number")
+    return dict(zip(names, map(frozenset, (kinds, colours, numbers))))
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #90bb5808
 def places_of(target: Scene, group: str, others: list[str]) -> list[tuple[tuple[str, ...], frozenset[str]]]:
     "Ways to say where a group stands among the groups `others`, and the orders in which that is so."
     at, sides = target.order.split().index(group), ("on the left", "in the middle", "on the right")
@@ -91,12 +95,17 @@ def places_of(target: Scene, group: str, others: list[str]) -> list[tuple[tuple[
         ways.append((tuple(f"{words} {name}" for name in definite(target, other)), frozenset(orders)))
     return ways
 
-# %% ../../../nbs/data/scenes/02_requests.ipynb #20e0191a
-ADDED = moods("add {a} | put {a} there | include {a} | place {a} next to the other things",
-              "there {is} {a} | there {is} now {a} | {a} {has} been added", "{a} added | {a} as well | also {a}")
-PLACED = moods("add {a} {where} | put {a} {where} | place {a} {where}", "there {is} {a} {where} | {a} {is} {where}",
-               "{a} {where}")
+# %% ../../../nbs/data/scenes/02_requests.ipynb #fc68e4cd
+ADDED = moods(
+    "add {a} | put {a} there | include {a} | place {a} next to the other things",
+    "there {is} {a} | there {is} now {a} | {a} {has} been added",
+    "{a} added | {a} as well | also {a}")
+PLACED = moods(
+    "add {a} {where} | put {a} {where} | place {a} {where}",
+    "there {is} {a} {where} | {a} {is} {where}",
+    "{a} {where}")
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #4879f723
 def additions(reference: Scene, target: Scene, group: str) -> list[Change]:
     "Ways to ask for a group that is missing: with or without its colour and its place."
     kind, colour, number = (getattr(target, f"{group}{part}") for part in ("", "_colour", "_number"))
@@ -104,97 +113,122 @@ def additions(reference: Scene, target: Scene, group: str) -> list[Change]:
     exact = group_values(group, {kind}, {colour}, {number}), verbs | {"a": indefinite(kind, number, colour)}
     loose = group_values(group, {kind}, COLOURS, {number}), verbs | {"a": indefinite(kind, number)}
     changes = [Change(asks, ADDED, slots) for asks, slots in (exact, loose)]
-    for words, orders in places_of(target, group, [other for other in present(reference) if other in present(target)]):
+    stay = [other for other in present(reference) if other in present(target)]
+    for words, orders in places_of(target, group, stay):
         changes.append(Change(exact[0] | {"order": orders}, PLACED, exact[1] | {"where": words}))
     return changes
 
-# %% ../../../nbs/data/scenes/02_requests.ipynb #daa8d9e0
-REMOVED = moods("remove {it} | take {it} away | get rid of {it} | delete {it}",
-                "there {is} no {name} | {it} {is} gone | {it} {is} not there anymore", "no {name} | no more {name}")
+# %% ../../../nbs/data/scenes/02_requests.ipynb #28d9476f
+REMOVED = moods(
+    "remove {it} | take {it} away | get rid of {it} | delete {it}",
+    "there {is} no {name} | {it} {is} gone | {it} {is} not there anymore",
+    "no {name} | no more {name}")
 
 def removals(reference: Scene, target: Scene, group: str) -> list[Change]:
     "The way to ask that a group goes; if it was the large one, nobody says what is large then."
     kind, number = getattr(reference, group), getattr(reference, f"{group}_number")
     asks = group_values(group, {"none"}, {"none"}, {"none"})
     if reference.large == group: asks["large"] = frozenset(ATTRIBUTES["large"]) - {group}
-    slots = {"it": definite(reference, group), "name": called(kind, number), "is": (pair(number, "is", "are"),)}
+    verb = pair(number, "is", "are")
+    slots = {"it": definite(reference, group), "name": called(kind, number), "is": (verb,)}
     return [Change(asks, REMOVED, slots)]
 
-# %% ../../../nbs/data/scenes/02_requests.ipynb #7bae4c2f
-REPLACED = moods("replace {it} with {a} | change {it} to {a} | swap {it} for {a} | turn {it} into {a} | put {a} instead of {it}",
-                 "there {is} {a} instead of {it} | there {is} {a} rather than {it} | {it} {was} changed to {a}",
-                 "{a} instead of {it} | {a} rather than {it} | {a} in place of {it}")
+# %% ../../../nbs/data/scenes/02_requests.ipynb #5b880c58
+REPLACED = moods(
+    "replace {it} with {a} | change {it} to {a} | swap {it} for {a} | turn {it} into {a} | "
+    "put {a} instead of {it}",
+    "there {is} {a} instead of {it} | there {is} {a} rather than {it} | {it} {was} changed to {a}",
+    "{a} instead of {it} | {a} rather than {it} | {a} in place of {it}")
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #7157ed3b
 def replacements(reference: Scene, target: Scene, group: str) -> list[Change]:
     "Ways to ask for another kind in a group's place: with its colour, or in any."
     kind, colour, number = (getattr(target, f"{group}{part}") for part in ("", "_colour", "_number"))
     was = pair(getattr(reference, f"{group}_number"), "was", "were")
     slots = {"it": definite(reference, group), "is": (pair(number, "is", "are"),), "was": (was,)}
-    exact = Change(group_values(group, {kind}, {colour}, {number}), REPLACED,
-                   slots | {"a": indefinite(kind, number, colour)})
-    loose = Change(group_values(group, {kind}, COLOURS, {number}), REPLACED, slots | {"a": indefinite(kind, number)})
-    return [exact, loose]
+    exact = group_values(group, {kind}, {colour}, {number}), {"a": indefinite(kind, number, colour)}
+    loose = group_values(group, {kind}, COLOURS, {number}), {"a": indefinite(kind, number)}
+    return [Change(asks, REPLACED, slots | new) for asks, new in (exact, loose)]
 
-# %% ../../../nbs/data/scenes/02_requests.ipynb #74aa87ef
-RECOLOURED = moods("make {it} {new} | paint {it} {new} | change the color of {it} to {new} | turn {it} {new}",
-                   "{it} {is} {new} | {it} {is} {new} instead of {old} | {it} {is} {new} and not {old}",
-                   "{newly} | {newly} instead of {old} | {it} in {new}")
-UNCOLOURED = moods("change the color of {it} | make {it} a different color",
-                   "{it} {is} not {old} anymore | {it} {is} another color", "{it} in a different color | {it} in another color")
+# %% ../../../nbs/data/scenes/02_requests.ipynb #7d943d76
+RECOLOURED = moods(
+    "make {it} {new} | paint {it} {new} | change the color of {it} to {new} | turn {it} {new}",
+    "{it} {is} {new} | {it} {is} {new} instead of {old} | {it} {is} {new} and not {old}",
+    "{newly} | {newly} instead of {old} | {it} in {new}")
+UNCOLOURED = moods(
+    "change the color of {it} | make {it} a different color",
+    "{it} {is} not {old} anymore | {it} {is} another color",
+    "{it} in a different color | {it} in another color")
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #00f35b41
 def recolourings(reference: Scene, target: Scene, group: str) -> list[Change]:
     "Ways to ask for another colour: by name, or by denying the old one."
     kind, number = getattr(reference, group), getattr(reference, f"{group}_number")
     old, new = getattr(reference, f"{group}_colour"), getattr(target, f"{group}_colour")
-    it = tuple(name for name in definite(reference, group))
-    slots = {"it": it, "old": (old,), "new": (new,), "is": (pair(number, "is", "are"),),
+    verb = pair(number, "is", "are")
+    slots = {"it": definite(reference, group), "old": (old,), "new": (new,), "is": (verb,),
              "newly": indefinite(kind, number, new)}
     others = frozenset(COLOURS) - {old}
     return [Change({f"{group}_colour": frozenset({new})}, RECOLOURED, slots),
             Change({f"{group}_colour": others}, UNCOLOURED, slots)]
 
-# %% ../../../nbs/data/scenes/02_requests.ipynb #7506a3ca
-COUNTED = moods("change the number of {several} to {new} | make it {exactly} | show {exactly}",
-                "there {is} {exactly} | there {is} {exactly} instead of {old}", "{exactly} | {exactly} instead of {old}")
-MORE = {1: moods("add another {one} | add one more {one}", "there is another {one} | there is one more {one}", "one more {one} | an extra {one}"),
-        2: moods("add two more {several} | add another two {several}", "there are two more {several}", "two more {several}"),
-        -1: moods("remove one {one} | take away one {one}", "there is one {one} less", "one {one} less | one {one} fewer"),
-        -2: moods("reduce the number of {several} to one | keep just one {one} | leave only one {one}",
-                  "there is just one {one} left | only one {one} is left", "just a single {one} | only one {one}")}
-COMPARED = {1: moods("add more {several} | increase the number of {several}", "there are more {several}", "more {several}"),
-            -1: moods("reduce the number of {several} | show fewer {several}", "there are fewer {several}", "fewer {several} | less {several}")}
+# %% ../../../nbs/data/scenes/02_requests.ipynb #a756ceb7
+COUNTED = moods(
+    "change the number of {several} to {new} | make it {exactly} | show {exactly}",
+    "there {is} {exactly} | there {is} {exactly} instead of {old}",
+    "{exactly} | {exactly} instead of {old}")
+MORE = {
+    1: moods(
+        "add another {one} | add one more {one}",
+        "there is another {one} | there is one more {one}",
+        "one more {one} | an extra {one}"),
+    2: moods(
+        "add two more {several} | add another two {several}",
+        "there are two more {several}",
+        "two more {several}"),
+    -1: moods(
+        "remove one {one} | take away one {one}",
+        "there is one {one} less",
+        "one {one} less | one {one} fewer"),
+    -2: moods(
+        "reduce the number of {several} to one | keep just one {one} | leave only one {one}",
+        "there is just one {one} left | only one {one} is left",
+        "just a single {one} | only one {one}"),
+}
+COMPARED = {
+    1: moods(
+        "add more {several} | increase the number of {several}",
+        "there are more {several}",
+        "more {several}"),
+    -1: moods(
+        "reduce the number of {several} | show fewer {several}",
+        "there are fewer {several}",
+        "fewer {several} | less {several}"),
+}
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #b6d4ae75
 def countings(reference: Scene, target: Scene, group: str) -> list[Change]:
     "Ways to ask for another number: by itself, as a difference, or as more or fewer."
     kind, before, after = getattr(reference, group), how_many(reference, group), how_many(target, group)
     new, old = NUMBERS[after - 1], NUMBERS[before - 1]
     slots = {"one": called(kind, "one"), "several": called(kind, "two"), "new": (new,), "old": (old,),
              "exactly": tuple(f"{new} {name}" for name in called(kind, new)), "is": (pair(new, "is", "are"),)}
-    number, side = f"{group}_number", 1 if after > before else -1
+    number, side, just = f"{group}_number", 1 if after > before else -1, frozenset({new})
     beyond = frozenset(NUMBERS[before:] if side > 0 else NUMBERS[:before - 1])
-    return [Change({number: frozenset({new})}, COUNTED, slots), Change({number: frozenset({new})}, MORE[after - before], slots),
-            Change({number: beyond}, COMPARED[side], slots)]
+    asked = ((just, COUNTED), (just, MORE[after - before]), (beyond, COMPARED[side]))
+    return [Change({number: values}, templates, slots) for values, templates in asked]
 
-# %% ../../../nbs/data/scenes/02_requests.ipynb #eb2d1d4f
-MOVED = moods("put {it} {where} | move {it} {where} | place {it} {where}", "{it} {is} {where} | {it} {is} now {where}", "{it} {where}")
-SWAPPED = moods("swap {it} and {other} | switch the places of {it} and {other}", "{it} and {other} have changed places",
-                "{it} and {other} the other way round")
+# %% ../../../nbs/data/scenes/02_requests.ipynb #065fe024
+MOVED = moods(
+    "put {it} {where} | move {it} {where} | place {it} {where}",
+    "{it} {is} {where} | {it} {is} now {where}",
+    "{it} {where}")
+SWAPPED = moods(
+    "swap {it} and {other} | switch the places of {it} and {other}",
+    "{it} and {other} have changed places",
+    "{it} and {other} the other way round")
 
-def moves(reference: Scene, target: Scene) -> list[Change]:
-    "Ways to ask for the order of a target; none where nothing that is there moved."
-    stay = [group for group in present(reference) if group in present(target)]
-    changes = []
-    for group in stay:
-        number = getattr(reference, f"{group}_number")
-        slots = {"it": definite(reference, group), "is": (pair(number, "is", "are"),)}
-        for words, orders in places_of(reference_in(target.order, reference), group, [g for g in stay if g != group]):
-            if reference.order not in orders: changes.append(Change({"order": orders}, MOVED, slots | {"where": words}))
-    for one, other in itertools.combinations(stay, 2):
-        if exchanged(reference.order, one, other) != target.order: continue
-        slots = {"it": definite(reference, one), "other": definite(reference, other)}
-        changes.append(Change({"order": frozenset({target.order})}, SWAPPED, slots))
-    return changes
-
+# %% ../../../nbs/data/scenes/02_requests.ipynb #81e509bb
 def reference_in(order: str, scene: Scene) -> Scene:
     "A scene in another order."
     values = {name: getattr(scene, name) for name in ATTRIBUTES}
@@ -205,10 +239,35 @@ def exchanged(order: str, one: str, other: str) -> str:
     places = {one: other, other: one}
     return " ".join(places.get(group, group) for group in order.split())
 
-# %% ../../../nbs/data/scenes/02_requests.ipynb #fff836aa
-BIGGER = moods("make {it} bigger | enlarge {it} | show {it} larger", "{it} {is} bigger | {it} {is} much larger", "{a} that {is} bigger | a bigger version of {it}")
-SMALLER_WAYS = moods("make {it} smaller | shrink {it}", "{it} {is} smaller | {it} {is} not that big anymore", "{a} that {is} smaller | a smaller version of {it}")
+# %% ../../../nbs/data/scenes/02_requests.ipynb #5c498ac7
+def moves(reference: Scene, target: Scene) -> list[Change]:
+    "Ways to ask for the order of a target; none where nothing that is there moved."
+    stay = [group for group in present(reference) if group in present(target)]
+    changes = []
+    for group in stay:
+        number = getattr(reference, f"{group}_number")
+        slots = {"it": definite(reference, group), "is": (pair(number, "is", "are"),)}
+        others = [other for other in stay if other != group]
+        for words, orders in places_of(reference_in(target.order, reference), group, others):
+            if reference.order in orders: continue
+            changes.append(Change({"order": orders}, MOVED, slots | {"where": words}))
+    for one, other in itertools.combinations(stay, 2):
+        if exchanged(reference.order, one, other) != target.order: continue
+        slots = {"it": definite(reference, one), "other": definite(reference, other)}
+        changes.append(Change({"order": frozenset({target.order})}, SWAPPED, slots))
+    return changes
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #a7a9035b
+BIGGER = moods(
+    "make {it} bigger | enlarge {it} | show {it} larger",
+    "{it} {is} bigger | {it} {is} much larger",
+    "{a} that {is} bigger | a bigger version of {it}")
+SHRUNK = moods(
+    "make {it} smaller | shrink {it}",
+    "{it} {is} smaller | {it} {is} not that big anymore",
+    "{a} that {is} smaller | a smaller version of {it}")
+
+# %% ../../../nbs/data/scenes/02_requests.ipynb #922876ea
 def resizings(reference: Scene, target: Scene) -> list[Change]:
     "Ways to ask that a group becomes the large one, or that none is."
     group = target.large if target.large != "none" else reference.large
@@ -216,36 +275,54 @@ def resizings(reference: Scene, target: Scene) -> list[Change]:
     number = getattr(reference, f"{group}_number")
     slots = {"it": definite(reference, group), "is": (pair(number, "is", "are"),),
              "a": indefinite(getattr(reference, group), number)}
-    ways = BIGGER if target.large != "none" else SMALLER_WAYS
+    ways = BIGGER if target.large != "none" else SHRUNK
     return [Change({"large": frozenset({target.large})}, ways, slots)]
 
-# %% ../../../nbs/data/scenes/02_requests.ipynb #0c4b58d4
-GROUNDS = {"wood": ("a wooden table", "a brown wooden surface", "a wooden floor"), "white": ("a white table", "a white surface"),
-           "grass": ("the grass", "a green lawn", "grass"), "checked": ("a checkered tablecloth", "a red and white cloth", "a checked cloth")}
-GROUNDED = moods("put everything on {ground} | put it on {ground} | change the ground to {ground}",
-                 "everything is on {ground} | the things are standing on {ground} | it is on {ground}",
-                 "{ground} underneath | {ground} below | {ground} instead of {old}")
-UNGROUNDED = moods("replace the ground | change the surface", "it is not on {old} | the things are not standing on {old}",
-                   "a different surface | another ground")
+# %% ../../../nbs/data/scenes/02_requests.ipynb #b78c6504
+GROUNDS = {
+    "wood": ("a wooden table", "a brown wooden surface", "a wooden floor"),
+    "white": ("a white table", "a white surface"),
+    "grass": ("the grass", "a green lawn", "grass"),
+    "checked": ("a checkered tablecloth", "a red and white cloth", "a checked cloth"),
+}
+GROUNDED = moods(
+    "put everything on {ground} | put it on {ground} | change the ground to {ground}",
+    "everything is on {ground} | the things are standing on {ground} | it is on {ground}",
+    "{ground} underneath | {ground} below | {ground} instead of {old}")
+UNGROUNDED = moods(
+    "replace the ground | change the surface",
+    "it is not on {old} | the things are not standing on {old}",
+    "a different surface | another ground")
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #d43f0933
 def groundings(reference: Scene, target: Scene) -> list[Change]:
     "Ways to ask for another ground: by name, or by denying the old one."
     slots = {"ground": GROUNDS[target.ground], "old": GROUNDS[reference.ground]}
     others = frozenset(ATTRIBUTES["ground"]) - {reference.ground}
-    return [Change({"ground": frozenset({target.ground})}, GROUNDED, slots), Change({"ground": others}, UNGROUNDED, slots)]
+    asked = ((frozenset({target.ground}), GROUNDED), (others, UNGROUNDED))
+    return [Change({"ground": values}, templates, slots) for values, templates in asked]
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #012e8eba
 SEEN = {
-    ("view", "near"): moods("zoom in | move closer | take it from closer", "it is seen from closer | the camera is closer",
-                            "a closer shot | a closer view | a close-up"),
-    ("view", "far"): moods("zoom out | move further away | take it from farther away", "it is seen from further away | the camera is farther away",
-                           "a wider shot | a view from farther away | a zoomed out view"),
-    ("light", "evening"): moods("make it darker | dim the light | turn off the light", "it is darker | it is evening | there is less light",
-                                "a darker image | dim light | less light"),
-    ("light", "day"): moods("make it brighter | turn on the light | add more light", "it is brighter | it is day | there is more light",
-                            "a brighter image | bright light | more light"),
+    ("view", "near"): moods(
+        "zoom in | move closer | take it from closer",
+        "it is seen from closer | the camera is closer",
+        "a closer shot | a closer view | a close-up"),
+    ("view", "far"): moods(
+        "zoom out | move further away | take it from farther away",
+        "it is seen from further away | the camera is farther away",
+        "a wider shot | a view from farther away | a zoomed out view"),
+    ("light", "evening"): moods(
+        "make it darker | dim the light | turn off the light",
+        "it is darker | it is evening | there is less light",
+        "a darker image | dim light | less light"),
+    ("light", "day"): moods(
+        "make it brighter | turn on the light | add more light",
+        "it is brighter | it is day | there is more light",
+        "a brighter image | bright light | more light"),
 }
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #60c1e791
 def seen_changes(reference: Scene, target: Scene, name: str) -> list[Change]:
     "The way to ask for the view or the light of a target."
     value = getattr(target, name)
@@ -260,19 +337,21 @@ def group_changes(reference: Scene, target: Scene, group: str) -> dict[str, list
     if before == "none" and after != "none": return {group: additions(reference, target, group)}
     if after == "none" and before != "none": return {group: removals(reference, target, group)}
     if before != after: return {group: replacements(reference, target, group)}
-    colour, number, changes = f"{group}_colour", f"{group}_number", {}
-    if getattr(reference, colour) != getattr(target, colour): changes[colour] = recolourings(reference, target, group)
-    if getattr(reference, number) != getattr(target, number): changes[number] = countings(reference, target, group)
-    return changes
+    ways = {f"{group}_colour": recolourings, f"{group}_number": countings}
+    return {name: ask(reference, target, group) for name, ask in ways.items()
+            if getattr(reference, name) != getattr(target, name)}
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #43dd50b4
 def changes_between(reference: Scene, target: Scene) -> dict[str, list[Change]]:
     "Ways to ask for each respect in which a target differs; none for what nobody could ask for."
-    changes = {name: ways for group in GROUPS for name, ways in group_changes(reference, target, group).items()}
+    changes = {}
+    for group in GROUPS: changes |= group_changes(reference, target, group)
     if reference.order != target.order: changes["order"] = moves(reference, target)
     if reference.large != target.large: changes["large"] = resizings(reference, target)
     if reference.ground != target.ground: changes["ground"] = groundings(reference, target)
     for name in ("view", "light"):
-        if getattr(reference, name) != getattr(target, name): changes[name] = seen_changes(reference, target, name)
+        if getattr(reference, name) == getattr(target, name): continue
+        changes[name] = seen_changes(reference, target, name)
     return {name: ways for name, ways in changes.items() if ways}
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #6da9f6c6
@@ -287,8 +366,9 @@ def asked_names(names: list[str], rng: np.random.Generator) -> list[str]:
     said = always + wide + order
     return [said[i] for i in rng.permutation(len(said))]
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #5374a14d
 def request_between(reference: Scene, target: Scene, rng: np.random.Generator) -> list[Change]:
-    """One to three changes that lead from a scene to another; none where there is nothing to ask, or too much."""
+    "One to three changes that lead from a scene to another; none where there is nothing to ask, or too much."
     ways = changes_between(reference, target)
     names = asked_names(list(ways), rng)
     if len(names) > MOST_CHANGES: return []
@@ -297,12 +377,14 @@ def request_between(reference: Scene, target: Scene, rng: np.random.Generator) -
 # %% ../../../nbs/data/scenes/02_requests.ipynb #1ae70f91
 FRAMES = {
     "command": ("{said}", "{said}", "{said}", "{said}", "same scene but {said}", "please {said}"),
-    "statement": ("{said}", "{said}", "{said}", "same picture but {said}", "in the target photo {said}", "now {said}"),
-    "fragment": ("{said}", "{said}", "show {said}", "has {said}", "same picture with {said}", "the target photo has {said}",
-                 "should have {said}"),
+    "statement": ("{said}", "{said}", "{said}", "same picture but {said}", "in the target photo {said}",
+                  "now {said}"),
+    "fragment": ("{said}", "{said}", "show {said}", "has {said}", "same picture with {said}",
+                 "the target photo has {said}", "should have {said}"),
 }
 MOOD_SHARES, JOINERS = (0.5, 0.25, 0.25), (" and ", " and ", ", ")
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #04358aa1
 def sentence(changes: list[Change], rng: np.random.Generator) -> str:
     "One caption that asks for all the changes, in the order given."
     mood = MOODS[rng.choice(len(MOODS), p=MOOD_SHARES)]
@@ -314,8 +396,8 @@ def sentence(changes: list[Change], rng: np.random.Generator) -> str:
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #8306605a
 def allowed_values(changes: list[Change], reference: Scene) -> tuple[dict[str, frozenset[str]], set[str]]:
-    """Per attribute the values that a perfect answer shows, and the attributes that were asked for; what two changes
-    ask must hold together."""
+    """Per attribute the values that a perfect answer shows, and the attributes that were asked for; what two
+    changes ask must hold together."""
     asked = {}
     for change in changes:
         for name, values in change.asks.items(): asked[name] = asked.get(name, values) & values
@@ -323,6 +405,7 @@ def allowed_values(changes: list[Change], reference: Scene) -> tuple[dict[str, f
     if "order" not in asked: kept["order"] = frozenset(ORDERS)
     return kept | asked, set(asked)
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #e0e82eb0
 def is_relevant(candidate: Scene, changes: list[Change], reference: Scene) -> bool:
     "Does a scene answer the request?"
     allowed, asked = allowed_values(changes, reference)
@@ -335,6 +418,7 @@ def codes(scenes: list[Scene]) -> np.ndarray:
     table = [[values.index(getattr(scene, name)) for name, values in ATTRIBUTES.items()] for scene in scenes]
     return np.array(table, dtype=np.int8).reshape(-1, len(ATTRIBUTES))
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #480cbf56
 def relevant_rows(table: np.ndarray, changes: list[Change], reference: Scene) -> np.ndarray:
     "Which rows of a code table (N,14) answer the request: bool (N,)."
     allowed, asked = allowed_values(changes, reference)
@@ -343,10 +427,15 @@ def relevant_rows(table: np.ndarray, changes: list[Change], reference: Scene) ->
     firm = np.array([name in asked or name not in SCENE_WIDE for name in ATTRIBUTES])
     return ~wrong[:, firm].any(1) & (wrong.sum(1) <= 1)
 
-# %% ../../../nbs/data/scenes/02_requests.ipynb #1a2fb35c
-DESCRIBED = {("view", "near"): ("seen from closer", "a close-up", "a closer view"), ("view", "far"): ("seen from further away", "zoomed out", "a wider shot"),
-             ("light", "day"): ("by day", "in bright light", "brighter"), ("light", "evening"): ("in the evening", "in dim light", "darker")}
+# %% ../../../nbs/data/scenes/02_requests.ipynb #4f46e15c
+DESCRIBED = {
+    ("view", "near"): ("seen from closer", "a close-up", "a closer view"),
+    ("view", "far"): ("seen from further away", "zoomed out", "a wider shot"),
+    ("light", "day"): ("by day", "in bright light", "brighter"),
+    ("light", "evening"): ("in the evening", "in dim light", "darker"),
+}
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #44a872f5
 def caption_of(scene: Scene, rng: np.random.Generator) -> str:
     "A full description: the groups with their places, then ground, view and light."
     places = dict(zip(scene.order.split(), ("on the left", "in the middle", "on the right")))
@@ -359,26 +448,32 @@ def caption_of(scene: Scene, rng: np.random.Generator) -> str:
     things = ", ".join(parts[:-1]) + picked((" and ", ", "), rng) + parts[-1]
     wide = [picked(DESCRIBED[name, getattr(scene, name)], rng) for name in ("view", "light")]
     ending = [f"on {picked(GROUNDS[scene.ground], rng)}", *(wide[i] for i in rng.permutation(2))]
-    return picked(("{}", "a photo of {}", "there is {}", "shows {}"), rng).format(", ".join([things, *ending]))
+    opening = picked(("{}", "a photo of {}", "there is {}", "shows {}"), rng)
+    return opening.format(", ".join([things, *ending]))
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #157adc20
 def caption_corpus() -> list[str]:
     "Every text that requests and descriptions are made of: the vocabulary is built from it."
     texts = [text for frames in FRAMES.values() for text in frames]
-    tables = (ADDED, PLACED, REMOVED, REPLACED, RECOLOURED, UNCOLOURED, COUNTED, *MORE.values(), *COMPARED.values(), MOVED, SWAPPED,
-              BIGGER, SMALLER_WAYS, GROUNDED, UNGROUNDED, *SEEN.values())
+    tables = (ADDED, PLACED, REMOVED, REPLACED, RECOLOURED, UNCOLOURED, COUNTED, *MORE.values(),
+              *COMPARED.values(), MOVED, SWAPPED, BIGGER, SHRUNK, GROUNDED, UNGROUNDED, *SEEN.values())
     texts += [text for templates in tables for options in templates.values() for text in options]
     texts += [text for kind in NAMES for number in NUMBERS for text in indefinite(kind, number)]
     texts += [text for options in (*GROUNDS.values(), *DESCRIBED.values()) for text in options]
-    return texts + list(COLOURS) + ["the is are has have was were to the left of on the right in the middle a photo of there shows and larger"]
+    plain = "the is are has have was were to the left of on the right in the middle a photo of there"
+    return texts + [*COLOURS, plain, "shows and larger"]
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #fd26774a
 WORD_LISTS = {
     "colour": tuple((colour,) for colour in COLOURS),
-    **{group: tuple((*called(kind, "one"), *called(kind, "two")) for kind in kinds) for group, kinds in GROUPS.items()},
+    **{group: tuple((*called(kind, "one"), *called(kind, "two")) for kind in kinds)
+       for group, kinds in GROUPS.items()},
     "number": (("one", "single", "another"), ("two",), ("three",)),
     "place": (("left",), ("middle",), ("right",)),
     "size": (("bigger", "larger", "enlarge"), ("smaller", "shrink")),
-    "ground": (("wooden", "brown"), ("white table", "white surface"), ("grass", "lawn"), ("checkered", "checked", "cloth")),
+    "ground": (("wooden", "brown"), ("white table", "white surface"), ("grass", "lawn"),
+               ("checkered", "checked", "cloth")),
     "view": (("closer", "close-up", "zoom in"), ("zoom out", "further away", "farther away", "wider")),
-    "light": (("brighter", "bright", "more light", "turn on"), ("darker", "dim", "less light", "evening", "turn off")),
+    "light": (("brighter", "bright", "more light", "turn on"),
+              ("darker", "dim", "less light", "evening", "turn off")),
 }
