@@ -57,7 +57,7 @@ EXCEPTIONS = {  # module and call: why it is not a file of ours, or not one file
     ("encoder/checkpoints.py", "save_file"): "into a folder that is moved at once",
     ("encoder/checkpoints.py", "load_file"): "a checkpoint of other people, with checks of its own",
     ("encoder/checkpoints.py", "safe_open"): "reads only the header of a folder's weights",
-    ("data/garments/benchmark.py", "os.replace"): "a whole folder is moved at once",
+    ("data/drawn.py", "os.replace"): "a whole folder is moved at once",
     ("studies/ablation.py", "write_text"): "resets a counter of the system",
 }
 WRITERS, READERS = ("write_text", "write_bytes", "save_file"), ("safe_open", "load_file", "load_safetensors")

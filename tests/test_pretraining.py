@@ -2,6 +2,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dqe_cir.encoder import MINI, load_encoder
 from dqe_cir.encoder.blip2 import encoder_size
 from dqe_cir.data.garments.draw import ATTRIBUTES, CATEGORIES, Garment, draw_garment
 from dqe_cir.data.garments.requests import caption_corpus, caption_of
-from dqe_cir.encoder.pretraining import GridHead, QUESTIONS, accuracies, answer_loss, augmented
+from dqe_cir.encoder.pretraining import CURRICULA, GridHead, QUESTIONS, accuracies, answer_loss, augmented
 from dqe_cir.encoder.pretraining import draw_pictures, encode_pictures, make_tokenizer, new_encoder
 from dqe_cir.encoder.pretraining import itm_logits, itm_pairs, new_itm_head, normalised, optimise, save_encoder
 from dqe_cir.encoder.pretraining import similar_rows, train_qformer, train_teacher, train_tower
@@ -38,11 +39,12 @@ def pictures(): return draw_pictures(160, seed=7, purpose="tests")
 
 @pytest.mark.parametrize("count", [1, 2430, 2431, 4860])
 def test_combinations_are_drawn_equally_often_up_to_one(count, monkeypatch):
-    monkeypatch.setattr(pretraining, "draw_garment", lambda garment, rng, size: Image.new("RGB", (2, 2)))
+    blank = replace(CURRICULA["garments"], draw=lambda garment, rng, size: Image.new("RGB", (2, 2)))
+    monkeypatch.setitem(CURRICULA, "garments", blank)
     drawn = draw_pictures(count, seed=1, purpose="count")
     combinations, times = np.unique(drawn.labels.numpy(), axis=0, return_counts=True)
     assert times.sum() == count and times.max() - (times.min() if len(combinations) == 2430 else 0) <= 1
-    for garment, label in zip(drawn.garments[:50], drawn.labels.tolist()):
+    for garment, label in zip(drawn.shown[:50], drawn.labels.tolist()):
         assert [values[i] for values, i in zip(QUESTIONS.values(), label)] == list(vars(garment).values())
 
 

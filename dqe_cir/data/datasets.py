@@ -107,24 +107,23 @@ def read_split(spec: DatasetSpec, root: Path | str, split: str, categories: str 
 # %% ../../nbs/data/08_datasets.ipynb #47c08f54
 def load_dataset(name: str, root: Path | str | None = None, split: str = "train", size: str = "full",
                  categories: str = "") -> CIRDataset:
-    """A split by data set name; without `root` from the data folder, or a drawn sample in the same layout
+    """A split by data set name; without `root` from the data folder, or its stand-in in the same layout
     (`.data == 'sample'`). `categories` are names with commas between them; empty: all."""
     known = [spec.name for spec in SPECS.values() if spec.load]
     if name not in known: raise DataError(f"unknown data set {name!r}; known: {', '.join(known)}")
     spec, home = SPECS[name], data_folder() / name
     check_categories(spec, categories)
-    if spec.drawn: return complete(spec.load(root or spec.make(size=size), split))
+    if spec.drawn: return complete(spec.load(root or spec.drawn.make(size=size), split))
     if root is None and not os.path.lexists(home):
         if not spec.stand_in: raise DataError(f"{home} is missing and has no stand-in: {spec.get}")
-        home = SPECS[spec.stand_in].make(size=size) / name
+        home = SPECS[spec.stand_in].drawn.make(size=size) / name
     return complete(read_split(spec, root or home, split, categories))
 
 # %% ../../nbs/data/08_datasets.ipynb #4b5cdf95
 def sample_banner(dataset: CIRDataset) -> str:
     "What to tell the reader when stand-in data are used; empty otherwise."
     if dataset.data != "sample": return ""
-    beside = dataset.root.resolve().parent
-    shown = next(spec.name for spec in SPECS.values() if spec.drawn and (beside / f"{spec.name}.json").exists())
-    return (f"data/{dataset.name} is not there. This run uses DRAWN {shown.upper()} in {dataset.name}'s file layout "
+    drawn = f"DRAWN {SPECS[dataset.name].stand_in.upper()} in {dataset.name}'s file layout"
+    return (f"data/{dataset.name} is not there. This run uses {drawn} "
             f"instead: a test of the machinery, not a result on {dataset.name}. "
             "The repository's data/README.md says how to get the real data.")

@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, CLIPModel, PreTrainedConfig, Siglip
 
 from ..core import resolve_device
 from ..data.pictures import as_rgb
-from .blip2 import load_encoder, weights_digest
+from .blip2 import load_encoder, shipped, weights_digest
 from .checkpoints import LIBRARY_ERRORS, is_weight_file, unloadable
 from .native.base import NativeEncoder, pretrained, tokenizer_of
 from .native.blip import load_blip
@@ -183,7 +183,7 @@ def load_sentences(name: str, device: str = "auto") -> SentenceEncoder:
 # %% ../../nbs/encoder/05_any_backbone.ipynb #eda2614f
 def kind_of(name: str) -> str:
     "What a name stands for: `blip-2`, `sentences`, `resnet`, or the `model_type` of its configuration."
-    if name == "mini" or is_weight_file(name): return "blip-2"
+    if shipped(name) or is_weight_file(name): return "blip-2"
     if os.path.exists(name) and not os.path.isdir(name):
         raise DataError(f"encoder {name!r} is a file, and no file of weights: give a folder or a hub id")
     if part_of(name, "modules.json"): return "sentences"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'MINI', 'SMALL_WIDTH', 'DECIDING', 'Blip2Encoder', 'only_read', 'unread_mask', 'spread_mask',
-           'weights_digest', 'cast_tower', 'load_encoder', 'load_folder', 'from_lavis', 'load_file', 'stated_width',
-           'encoder_size', 'cross_attention', 'deciding', 'settings', 'words_digest']
+           'weights_digest', 'cast_tower', 'shipped', 'load_encoder', 'load_folder', 'from_lavis', 'load_file',
+           'stated_width', 'encoder_size', 'cross_attention', 'deciding', 'settings', 'words_digest']
 
 # %% ../../nbs/encoder/02_blip2.ipynb #7a04cac8
 import hashlib, importlib.util, json, math, os, re, zlib
@@ -165,6 +165,11 @@ def cast_tower(encoder: nn.Module, dtype: torch.dtype) -> nn.Module:
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MINI = Path(importlib.util.find_spec("dqe_cir").origin).parent / "assets" / "mini"
 
+def shipped(name: str) -> Path | None:
+    "The folder of an encoder that ships with this repository, `mini` or one such as `mini-scenes`; else None."
+    folder = MINI.parent / name if re.fullmatch("mini(-[a-z]+)?", name) else None
+    return folder if folder and (folder / "config.json").exists() else None
+
 def load_encoder(name: str = "mini", device: str = "auto", dtype: str = "auto") -> Blip2Encoder:
     """The encoder of a name: `mini`, a hub id, a local folder or a LAVIS file; in evaluation mode.
 
@@ -174,13 +179,13 @@ def load_encoder(name: str = "mini", device: str = "auto", dtype: str = "auto") 
     place = resolve_device(device)
     if dtype not in DTYPES: raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     encoder = load_file(name) if is_weight_file(name) else load_folder(name)
-    usual = torch.bfloat16 if place.type == "cuda" and name != "mini" else torch.float32
+    usual = torch.bfloat16 if place.type == "cuda" and not shipped(name) else torch.float32
     return cast_tower(encoder.eval().to(place), DTYPES[dtype] or usual)
 
 # %% ../../nbs/encoder/02_blip2.ipynb #1e8c3ab3
 def load_folder(name: str) -> Blip2Encoder:
     "The encoder of `mini`, a hub id or a local folder, on the CPU."
-    source = str(MINI) if name == "mini" else name
+    source = str(shipped(name) or name)
     if os.path.exists(source) and not os.path.lexists(os.path.join(source, "config.json")):
         raise DataError(f"{name or source!r} is not a model folder: it has no config.json")
     try:
@@ -231,7 +236,7 @@ def encoder_size(name: str) -> str:
     `name` is that of `load_encoder` or of a native encoder (`RESNET+ROBERTA` goes by its ResNet). No weights
     are read, nothing is downloaded. A folder without a readable configuration is full here, and refused when
     it is loaded."""
-    if name == "mini": return "small"
+    if shipped(name): return "small"
     folder = Path(name if os.path.isdir(name) else name.partition("+")[0])
     for file in ("open_clip_config.json", "config.json"):
         try: width = stated_width(read_json(folder / file))

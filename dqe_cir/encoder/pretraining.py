@@ -27,9 +27,9 @@ from ..core import generator
 from ..data.garments.draw import ATTRIBUTES, CATEGORIES, Garment, draw_garment
 from ..data.garments.requests import caption_corpus, caption_of
 from ..data.pictures import CLIP_MEAN, CLIP_STD
-from ..data.scenes.benchmark import ABSENT, first_scene, possible
+from ..data.scenes.benchmark import ABSENT, first_scene
 from ..data.scenes.draw import ATTRIBUTES as SCENE_ATTRIBUTES
-from ..data.scenes.draw import GROUPS, Scene, draw_scene
+from ..data.scenes.draw import GROUPS, Scene, draw_scene, possible
 from ..data.scenes.requests import caption_corpus as scene_corpus, caption_of as scene_caption
 from ..data.scenes.requests import codes as scene_codes
 from .blip2 import Blip2Encoder

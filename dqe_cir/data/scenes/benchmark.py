@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ABSENT', 'FIRM', 'FIRM_AXES', 'WIDE_AXES', 'THIRD_VALUE', 'SIZES', 'HELD_OUT_SHARE', 'HELD_OUT_IN_VAL', 'KEPT',
-           'VERSION', 'possible', 'first_scene', 'axis', 'chosen', 'family', 'kinds', 'held_out_kinds',
-           'fitting_family', 'family_pictures', 'sample_images', 'family_of', 'Query', 'but_for_order', 'look_alikes',
-           'asked_of', 'question', 'sample_queries', 'right_answers', 'World', 'make_world', 'cirr_row', 'write_cirr',
-           'fingerprint', 'render', 'the_truth', 'build', 'make_scenes']
+           'VERSION', 'first_scene', 'axis', 'chosen', 'family', 'kinds', 'held_out_kinds', 'fitting_family',
+           'family_pictures', 'sample_images', 'family_of', 'Query', 'but_for_order', 'look_alikes', 'asked_of',
+           'question', 'sample_queries', 'right_answers', 'World', 'make_world', 'cirr_row', 'picture_path',
+           'write_cirr', 'fingerprint', 'scenes_root', 'render', 'the_truth', 'scene_place', 'build', 'make_scenes']
 
 # %% ../../../nbs/data/scenes/03_benchmark.ipynb #dae9a128
 import hashlib, itertools, zlib
@@ -18,18 +18,12 @@ import numpy as np
 
 from ...core import data_folder
 from ..drawn import draw_all, made_once
-from ..garments.benchmark import CIRR_FOLDERS, cirr_paths
+from ..garments.benchmark import CIRR_FOLDERS
 from ..garments.requests import picked
-from .draw import ATTRIBUTES, GROUPS, ORDERS, Scene, draw_scene
+from .draw import ATTRIBUTES, GROUPS, ORDERS, Scene, draw_scene, possible
 from .requests import SCENE_WIDE, Change, allowed_values, codes
 from .requests import relevant_rows, request_between, sentence
 from ...files import write_json
-
-# %% ../../../nbs/data/scenes/03_benchmark.ipynb #951f4a76
-def possible(values: dict[str, str]) -> Scene | None:
-    "The scene with these values, if there can be one."
-    try: return Scene(**values)
-    except ValueError: return None
 
 # %% ../../../nbs/data/scenes/03_benchmark.ipynb #cfb6a1fc
 def first_scene(rng: np.random.Generator) -> Scene:
@@ -227,6 +221,13 @@ def cirr_row(query: Query, right: list[str], pair: int) -> dict:
     return dict(pairid=pair, reference=query.reference, target_hard=query.target, target_soft=soft,
                 caption=query.caption, img_set=dict(id=pair, members=list(query.members)))
 
+# %% ../../../nbs/data/scenes/03_benchmark.ipynb #24df2036
+def picture_path(name: str) -> str:
+    "Where CIRR keeps a picture: those of train in ten numbered folders."
+    split, _, pair, image = name.split("-")
+    folder = f"train/{(2 * int(pair) + int(image[-1])) % 10}" if split == "train" else split
+    return f"./{folder}/{name}.png"
+
 # %% ../../../nbs/data/scenes/03_benchmark.ipynb #99e8b508
 def write_cirr(world: World, folder: Path) -> dict[str, dict[str, list[str]]]:
     "Captions and image splits in CIRR's layout. Returns the right answers by split and pair."
@@ -240,8 +241,8 @@ def write_cirr(world: World, folder: Path) -> dict[str, dict[str, list[str]]]:
         if split == "test1":  # its answers are hidden
             rows = [{k: v for k, v in row.items() if not k.startswith("target")} for row in rows]
         write_json(folder / "captions" / f"cap.rc2.{split}.json", rows)
-        listed = cirr_paths(images, "train" if split == "dev" else split)
-        write_json(folder / "image_splits" / f"split.rc2.{split}.json", listed)
+        paths = {name: picture_path(name) for name in images}
+        write_json(folder / "image_splits" / f"split.rc2.{split}.json", paths)
         first += len(rows)
     return relevant
 
@@ -251,6 +252,11 @@ VERSION = 1
 def fingerprint(size: str, seed: int) -> str:
     "Eight hexadecimal digits that stand for version, size and seed."
     return hashlib.blake2b(repr((VERSION, SIZES[size], seed)).encode(), digest_size=4).hexdigest()
+
+# %% ../../../nbs/data/scenes/03_benchmark.ipynb #dbffbfb8
+def scenes_root(size: str = "full", seed: int = 0) -> str:
+    "The name of the folder of the scenes below the data folder."
+    return f"scenes-{size}-{fingerprint(size, seed)}"
 
 # %% ../../../nbs/data/scenes/03_benchmark.ipynb #5ce4a2a9
 def render(job: tuple[str, tuple, str, int]) -> None:
@@ -272,13 +278,17 @@ def the_truth(world: World, relevant: dict[str, dict[str, list[str]]]) -> dict[s
             mentions[pair] = {name: sorted(allowed[name]) for name in ATTRIBUTES if name in asked}
     return {"images": images, "relevant": relevant, "mentions": mentions}
 
-# %% ../../../nbs/data/scenes/03_benchmark.ipynb #07032ded
+# %% ../../../nbs/data/scenes/03_benchmark.ipynb #46e845db
+def scene_place(root: Path, name: str) -> Path:
+    "Where `make_scenes` puts a picture."
+    return root / "cirr" / "img_raw" / picture_path(name)
+
 def build(folder: Path, size: str, seed: int, workers: int | None, progress: bool) -> None:
     "Write CIRR's layout, the pictures and the truth into an empty folder."
     world, jobs = make_world(size, seed), []
-    for split, scenes in world.images.items():
-        for name, path in cirr_paths(scenes, split).items():
-            file = folder / "cirr" / "img_raw" / path
+    for scenes in world.images.values():
+        for name in scenes:
+            file = scene_place(folder, name)
             file.parent.mkdir(parents=True, exist_ok=True)
             jobs.append((str(file), tuple(asdict(scenes[name]).values()), name, seed))
     from dqe_cir.data.scenes.benchmark import render as importable  # new processes find it by its name
@@ -291,5 +301,5 @@ def make_scenes(folder: Path | str | None = None, size: str = "full", seed: int 
     """The benchmark's root below `folder` (default: the data folder), drawn if it is not there. Holds cirr/
     and scenes.json."""
     if size not in SIZES: raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-    root = Path(folder or data_folder()) / f"scenes-{size}-{fingerprint(size, seed)}"
+    root = Path(folder or data_folder()) / scenes_root(size, seed)
     return made_once(root, lambda part: build(part, size, seed, workers, progress))

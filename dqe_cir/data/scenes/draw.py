@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'COLOURS', 'NUMBERS', 'ORDERS', 'ATTRIBUTES', 'DISHES', 'THINGS', 'WHEELS', 'TOYS', 'SHAPES', 'VIEWS',
-           'STANDING', 'SMALLER', 'LARGER', 'EVENING', 'Scene', 'present', 'how_many', 'impossible', 'oval', 'band',
-           'block', 'placed', 'shades', 'draw_object', 'Thing', 'group_objects', 'arranged', 'grain', 'room',
+           'STANDING', 'SMALLER', 'LARGER', 'EVENING', 'Scene', 'possible', 'present', 'how_many', 'impossible', 'oval',
+           'band', 'block', 'placed', 'shades', 'draw_object', 'Thing', 'group_objects', 'arranged', 'grain', 'room',
            'draw_scene']
 
 # %% ../../../nbs/data/scenes/01_draw.ipynb #1591d9a0
@@ -66,7 +66,12 @@ class Scene:
         problem = impossible(self)
         if problem: raise ValueError(f"a scene {problem}")
 
-# %% ../../../nbs/data/scenes/01_draw.ipynb #f5d30af0
+# %% ../../../nbs/data/scenes/01_draw.ipynb #91963741
+def possible(values: dict[str, str]) -> Scene | None:
+    "The scene with these values, if there can be one."
+    try: return Scene(**values)
+    except ValueError: return None
+
 def present(scene: Scene) -> list[str]:
     "The groups that are there, from left to right."
     return [group for group in scene.order.split() if getattr(scene, group) != "none"]

@@ -7,19 +7,20 @@ __all__ = ['MOODS', 'NAMES', 'ADDED', 'PLACED', 'REMOVED', 'REPLACED', 'RECOLOUR
            'MOVED', 'SWAPPED', 'BIGGER', 'SHRUNK', 'GROUNDS', 'GROUNDED', 'UNGROUNDED', 'SEEN', 'SCENE_WIDE',
            'NAMED_SHARE', 'ORDER_SHARE', 'DRIFT_SHARE', 'MOST_CHANGES', 'FRAMES', 'MOOD_SHARES', 'JOINERS', 'DESCRIBED',
            'WORD_LISTS', 'Change', 'moods', 'called', 'definite', 'indefinite', 'pair', 'group_values', 'places_of',
-           'additions', 'removals', 'replacements', 'recolourings', 'countings', 'reference_in', 'exchanged', 'moves',
-           'resizings', 'groundings', 'seen_changes', 'group_changes', 'changes_between', 'asked_names',
-           'request_between', 'sentence', 'allowed_values', 'is_relevant', 'codes', 'relevant_rows', 'caption_of',
-           'caption_corpus']
+           'additions', 'removals', 'replacements', 'recolourings', 'countings', 'exchanged', 'moves', 'resizings',
+           'groundings', 'seen_changes', 'group_changes', 'changes_between', 'asked_names', 'request_between',
+           'sentence', 'allowed_values', 'is_relevant', 'codes', 'relevant_rows', 'one_respect_away', 'said_of',
+           'changes_in', 'read_request', 'caption_of', 'caption_corpus']
 
-# %% ../../../nbs/data/scenes/02_requests.ipynb #28c08bf7
-import itertools, re
+# %% ../../../nbs/data/scenes/02_requests.ipynb #421cc906
+import functools, itertools
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..garments.requests import picked
-from .draw import ATTRIBUTES, COLOURS, GROUPS, NUMBERS, ORDERS, Scene, how_many, present
+from .draw import ATTRIBUTES, COLOURS, GROUPS, NUMBERS, ORDERS, Scene
+from .draw import how_many, possible, present
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #8786d2cc
 MOODS = ("command", "statement", "fragment")
@@ -83,16 +84,17 @@ def group_values(group: str, kinds, colours, numbers) -> dict[str, frozenset[str
     names = (group, f"{group}_colour", f"{group}_number")
     return dict(zip(names, map(frozenset, (kinds, colours, numbers))))
 
-# %% ../../../nbs/data/scenes/02_requests.ipynb #90bb5808
-def places_of(target: Scene, group: str, others: list[str]) -> list[tuple[tuple[str, ...], frozenset[str]]]:
-    "Ways to say where a group stands among the groups `others`, and the orders in which that is so."
-    at, sides = target.order.split().index(group), ("on the left", "in the middle", "on the right")
-    ways = [((sides[at],), frozenset(order for order in ORDERS if order.split()[at] == group))]
+# %% ../../../nbs/data/scenes/02_requests.ipynb #2a1ebbe0
+def places_of(reference: Scene, order: str, group: str, others: list[str]) -> list[tuple]:
+    """Ways to say where a group stands in an order, by itself and from the groups `others` of the reference,
+    and the orders in which that is so."""
+    at, sides = order.split().index(group), ("on the left", "in the middle", "on the right")
+    ways = [((sides[at],), frozenset(one for one in ORDERS if one.split()[at] == group))]
     for other in others:
-        before = target.order.index(group) < target.order.index(other)
-        orders = {order for order in ORDERS if (order.index(group) < order.index(other)) == before}
+        before = order.index(group) < order.index(other)
+        orders = {one for one in ORDERS if (one.index(group) < one.index(other)) == before}
         words = f"to the {'left' if before else 'right'} of"
-        ways.append((tuple(f"{words} {name}" for name in definite(target, other)), frozenset(orders)))
+        ways.append((tuple(f"{words} {name}" for name in definite(reference, other)), frozenset(orders)))
     return ways
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #fc68e4cd
@@ -114,7 +116,7 @@ def additions(reference: Scene, target: Scene, group: str) -> list[Change]:
     loose = group_values(group, {kind}, COLOURS, {number}), verbs | {"a": indefinite(kind, number)}
     changes = [Change(asks, ADDED, slots) for asks, slots in (exact, loose)]
     stay = [other for other in present(reference) if other in present(target)]
-    for words, orders in places_of(target, group, stay):
+    for words, orders in places_of(reference, target.order, group, stay):
         changes.append(Change(exact[0] | {"order": orders}, PLACED, exact[1] | {"where": words}))
     return changes
 
@@ -228,12 +230,7 @@ SWAPPED = moods(
     "{it} and {other} have changed places",
     "{it} and {other} the other way round")
 
-# %% ../../../nbs/data/scenes/02_requests.ipynb #81e509bb
-def reference_in(order: str, scene: Scene) -> Scene:
-    "A scene in another order."
-    values = {name: getattr(scene, name) for name in ATTRIBUTES}
-    return Scene(**values | {"order": order})
-
+# %% ../../../nbs/data/scenes/02_requests.ipynb #c775c196
 def exchanged(order: str, one: str, other: str) -> str:
     "An order with two groups in each other's place."
     places = {one: other, other: one}
@@ -248,10 +245,10 @@ def moves(reference: Scene, target: Scene) -> list[Change]:
         number = getattr(reference, f"{group}_number")
         slots = {"it": definite(reference, group), "is": (pair(number, "is", "are"),)}
         others = [other for other in stay if other != group]
-        for words, orders in places_of(reference_in(target.order, reference), group, others):
+        for words, orders in places_of(reference, target.order, group, others):
             if reference.order in orders: continue
             changes.append(Change({"order": orders}, MOVED, slots | {"where": words}))
-    for one, other in itertools.combinations(stay, 2):
+    for one, other in itertools.permutations(stay, 2):
         if exchanged(reference.order, one, other) != target.order: continue
         slots = {"it": definite(reference, one), "other": definite(reference, other)}
         changes.append(Change({"order": frozenset({target.order})}, SWAPPED, slots))
@@ -426,6 +423,50 @@ def relevant_rows(table: np.ndarray, changes: list[Change], reference: Scene) ->
     wrong = np.stack([~np.isin(table[:, i], right[name]) for i, name in enumerate(ATTRIBUTES)], axis=1)
     firm = np.array([name in asked or name not in SCENE_WIDE for name in ATTRIBUTES])
     return ~wrong[:, firm].any(1) & (wrong.sum(1) <= 1)
+
+# %% ../../../nbs/data/scenes/02_requests.ipynb #c6b62db7
+def one_respect_away(reference: Scene) -> list[Scene]:
+    "The scenes that differ in one group or one attribute; where a group is added, in every order."
+    values = {name: getattr(reference, name) for name in ATTRIBUTES}
+    changes = [{name: value} for name in ("order", *SCENE_WIDE) for value in ATTRIBUTES[name]]
+    for group in GROUPS:
+        names = (group, f"{group}_colour", f"{group}_number")
+        new = [dict(zip(names, some)) for some in itertools.product(*(ATTRIBUTES[name] for name in names))]
+        if getattr(reference, group) == "none":
+            new = [some | {"order": order} for some in new for order in ORDERS]
+        changes += [some | {"large": "none"} if reference.large == group else some for some in new]
+        changes += new
+    scenes = [possible(values | change) for change in changes]
+    return list(dict.fromkeys(scene for scene in scenes if scene and scene != reference))
+
+# %% ../../../nbs/data/scenes/02_requests.ipynb #d405aff1
+@functools.lru_cache(maxsize=8)
+def said_of(reference: Scene) -> dict[str, Change]:
+    "Every phrase that can be said of a scene, and what it asks for."
+    ways = [change for scene in one_respect_away(reference)
+            for name, changes in changes_between(reference, scene).items() for change in changes]
+    return {phrase: change for change in ways for mood in MOODS for phrase in change.phrases(mood)}
+
+def changes_in(text: str, said: dict[str, Change]) -> list[Change] | None:
+    "The changes whose phrases make up a text in lower case, or None."
+    for phrase in sorted((phrase for phrase in said if text.startswith(phrase)), key=len, reverse=True):
+        rest = text[len(phrase):]
+        if not rest: return [said[phrase]]
+        for joiner in (" and ", ", and ", ", "):
+            if not rest.startswith(joiner): continue
+            others = changes_in(rest[len(joiner):], said)
+            if others: return [said[phrase], *others]
+    return None
+
+# %% ../../../nbs/data/scenes/02_requests.ipynb #cb0a456c
+def read_request(text: str, reference: Scene) -> list[Change] | None:
+    "What a text asks for; None where the grammar does not know all of it, or it contradicts itself."
+    plain, said = " ".join(text.lower().strip(" .!?").split()), said_of(reference)
+    openings = {frame.removesuffix("{said}") for frames in FRAMES.values() for frame in frames}
+    for opening in sorted(openings, key=len):
+        changes = changes_in(plain.removeprefix(opening), said) if plain.startswith(opening) else None
+        if changes and all(allowed_values(changes, reference)[0].values()): return changes
+    return None
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #4f46e15c
 DESCRIBED = {

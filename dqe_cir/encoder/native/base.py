@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 
 from ...core import handed
 from ...data.pictures import target_pad
-from ..blip2 import MINI, Blip2Encoder
+from ..blip2 import Blip2Encoder, shipped
 from ..checkpoints import LIBRARY_ERRORS, WORD_FILES, check_files, check_folder, finite
 from ..checkpoints import naming, unloadable
 from ...files import DataError
@@ -57,7 +57,7 @@ def tokenizer_of(name: str):
     "The tokenizer of a hub id or a local folder; of `mini`, the vocabulary that ships with the repository."
     try:
         if os.path.isdir(name): check_files(name, (*WORD_FILES, "vocab.json", "merges.txt"))
-        return AutoTokenizer.from_pretrained(str(MINI) if name == "mini" else name)
+        return AutoTokenizer.from_pretrained(str(shipped(name) or name))
     except LIBRARY_ERRORS as problem:
         raise unloadable(name, problem, "give 'mini', a local folder or a reachable hub id") from problem
 
