@@ -259,7 +259,7 @@ def test_scenes_stand_in_for_cirr(smoke, monkeypatch):
         assert (dataset.name, dataset.data, dataset.attributes) == ("cirr", "sample", {})
         assert "DRAWN SCENES in cirr's file layout" in sample_banner(dataset)
     scenes = load_dataset("scenes", split="val", size="smoke")
-    assert scenes.root == smoke and sample_banner(scenes) == "" and SPECS["scenes"].drawn and SPECS["cirr"].stand_in == "scenes"
+    assert scenes.root == smoke / "cirr" and sample_banner(scenes) == "" and SPECS["scenes"].drawn and SPECS["cirr"].stand_in == "scenes"
 
 
 # ---- made once, and whole

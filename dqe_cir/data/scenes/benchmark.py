@@ -22,7 +22,7 @@ from ..garments.benchmark import CIRR_FOLDERS
 from ..garments.requests import picked
 from .draw import ATTRIBUTES, GROUPS, ORDERS, Scene, draw_scene, possible
 from .requests import SCENE_WIDE, Change, allowed_values, codes
-from .requests import relevant_rows, request_between, sentence
+from .requests import is_relevant, relevant_rows, request_between, sentence
 from ...files import write_json
 
 # %% ../../../nbs/data/scenes/03_benchmark.ipynb #cfb6a1fc
@@ -155,6 +155,7 @@ def asked_of(images: dict[str, Scene], reference: str, family: list[str], taken:
     target = picked(free, rng)
     changes = request_between(images[reference], images[target], rng)
     if not changes or rng.uniform() > KEPT[len(changes)]: return None
+    if not is_relevant(images[target], changes, images[reference]): return None  # too much goes unsaid
     members = [reference, *others]
     mixed = tuple(members[i] for i in rng.permutation(6))
     return Query(reference, target, mixed, tuple(changes), sentence(changes, rng))

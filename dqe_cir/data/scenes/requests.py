@@ -15,12 +15,13 @@ __all__ = ['MOODS', 'NAMES', 'ADDED', 'PLACED', 'REMOVED', 'REPLACED', 'RECOLOUR
 # %% ../../../nbs/data/scenes/02_requests.ipynb #421cc906
 import functools, itertools
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 
 from ..garments.requests import picked
 from .draw import ATTRIBUTES, COLOURS, GROUPS, NUMBERS, ORDERS, Scene
-from .draw import how_many, possible, present
+from .draw import how_many, present
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #8786d2cc
 MOODS = ("command", "statement", "fragment")
@@ -425,26 +426,25 @@ def relevant_rows(table: np.ndarray, changes: list[Change], reference: Scene) ->
     return ~wrong[:, firm].any(1) & (wrong.sum(1) <= 1)
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #c6b62db7
-def one_respect_away(reference: Scene) -> list[Scene]:
-    "The scenes that differ in one group or one attribute; where a group is added, in every order."
+def one_respect_away(reference: Scene) -> list[SimpleNamespace]:
+    """What differs from a scene in one group or one attribute; where a group is added, in every order. Not
+    all of it can be a scene by itself: seven objects are six again once something else goes."""
     values = {name: getattr(reference, name) for name in ATTRIBUTES}
     changes = [{name: value} for name in ("order", *SCENE_WIDE) for value in ATTRIBUTES[name]]
     for group in GROUPS:
         names = (group, f"{group}_colour", f"{group}_number")
-        new = [dict(zip(names, some)) for some in itertools.product(*(ATTRIBUTES[name] for name in names))]
-        if getattr(reference, group) == "none":
-            new = [some | {"order": order} for some in new for order in ORDERS]
-        changes += [some | {"large": "none"} if reference.large == group else some for some in new]
-        changes += new
-    scenes = [possible(values | change) for change in changes]
-    return list(dict.fromkeys(scene for scene in scenes if scene and scene != reference))
+        new = [dict(zip(names, some)) for some in itertools.product(*(ATTRIBUTES[name] for name in names))
+               if some.count("none") in (0, 3)]
+        orders = ORDERS if getattr(reference, group) == "none" else (reference.order,)
+        changes += [some | {"order": order} for some in new for order in orders]
+    return [SimpleNamespace(**values | change) for change in changes]
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #d405aff1
 @functools.lru_cache(maxsize=8)
 def said_of(reference: Scene) -> dict[str, Change]:
     "Every phrase that can be said of a scene, and what it asks for."
-    ways = [change for scene in one_respect_away(reference)
-            for name, changes in changes_between(reference, scene).items() for change in changes]
+    ways = [change for shown in one_respect_away(reference)
+            for changes in changes_between(reference, shown).values() for change in changes]
     return {phrase: change for change in ways for mood in MOODS for phrase in change.phrases(mood)}
 
 def changes_in(text: str, said: dict[str, Change]) -> list[Change] | None:
