@@ -166,7 +166,7 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 MINI = Path(importlib.util.find_spec("dqe_cir").origin).parent / "assets" / "mini"
 
 def shipped(name: str) -> Path | None:
-    "The folder of an encoder that ships with this repository, `mini` or one such as `mini-scenes`; else None."
+    "The folder of an encoder that ships here, `mini` or one such as `mini-scenes`; None for any other name."
     folder = MINI.parent / name if re.fullmatch("mini(-[a-z]+)?", name) else None
     return folder if folder and (folder / "config.json").exists() else None
 

@@ -40,6 +40,7 @@ from ..terminal import Progress
 # %% ../../nbs/encoder/04_pretraining.ipynb #5321e09f
 QUESTIONS = {"category": CATEGORIES, **ATTRIBUTES}  # what the heads are asked about garments
 
+# %% ../../nbs/encoder/04_pretraining.ipynb #00828f2a
 @dataclass(frozen=True)
 class Curriculum:
     "A drawn world as an encoder is taught it."
@@ -76,6 +77,7 @@ def any_scene(rng: np.random.Generator) -> Scene:
         scene = possible(values)
         if scene: return scene
 
+# %% ../../nbs/encoder/04_pretraining.ipynb #bbbd8e43
 def make_scenes(count: int, rng: np.random.Generator) -> tuple[list[Scene], np.ndarray]:
     "`count` scenes and their labels (count,14)."
     scenes = [any_scene(rng) for _ in range(count)]
@@ -98,6 +100,7 @@ class Pictures:
     labels: Tensor  # (N,Q) int64, in the order of the questions
     taught: Curriculum = CURRICULA["garments"]
 
+# %% ../../nbs/encoder/04_pretraining.ipynb #c9587793
 def draw_pictures(count: int, seed: int, purpose: str, size: int = 64, world: str = "garments") -> Pictures:
     "`count` pictures of `size` pixels from a world, in random order."
     rng, taught = np.random.default_rng([seed, *purpose.encode()]), CURRICULA[world]
@@ -187,6 +190,7 @@ def rate_factor(step: int, steps: int) -> float:
     fall = math.pi * max(0, step - rise) / max(1, steps - rise)
     return min((step + 1) / rise, 0.5 * (1 + math.cos(fall)) + 1e-3)
 
+# %% ../../nbs/encoder/04_pretraining.ipynb #aea9d652
 def row_batches(count: int, batch_size: int, chance: torch.Generator):
     "Yields rows (batch_size,) below `count`, without end."
     rows = torch.empty(0, dtype=torch.long)
