@@ -2443,6 +2443,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'dqe_cir/studies/ablation.py'),
                                           'dqe_cir.studies.ablation.source_line': ( 'studies/ablation.html#source_line',
                                                                                     'dqe_cir/studies/ablation.py'),
+                                          'dqe_cir.studies.ablation.standard_error': ( 'studies/ablation.html#standard_error',
+                                                                                       'dqe_cir/studies/ablation.py'),
                                           'dqe_cir.studies.ablation.start_from': ( 'studies/ablation.html#start_from',
                                                                                    'dqe_cir/studies/ablation.py'),
                                           'dqe_cir.studies.ablation.study_config': ( 'studies/ablation.html#study_config',

@@ -67,7 +67,7 @@ class SearchPage:
         self.session: Session | None = None  # none before a gallery is open
         self.text, self.status, self.bad, self.progress = Said(), Said(), False, None
         self.gallery, self.folder, self.place, self.opened = "", "", "", ""
-        self.written = self.answered = 0  # texts written into the field; the last request that was answered
+        self.written = self.begun = self.answered = 0  # texts put into the field; the last request, the last answer
         self.numbers, self.things = {}, []  # what the browser knows by number: ids, and pictures made for it
         self.why, self.shelf, self.log = None, None, []
         self.arriving = bytearray()  # of an upload
@@ -103,7 +103,7 @@ def guarded(self: SearchPage, action):
         try: action(*values)
         except Exception as problem: self.fault(problem)
         finally:
-            self.progress = None
+            self.progress, self.answered = None, self.begun
             self.show()
     return handler
 
@@ -141,7 +141,7 @@ def heard(self: SearchPage, _, message: dict, buffers: list) -> None:
     if message["do"] == "pictures": return self.send_pictures(*message["with"])
     self.text.value = message["text"]
     if self.session is not None: self.session.text = self.text.value
-    self.answered = message["number"]
+    self.begun = message["number"]
     self.guarded(self.act)(message["do"], message["with"], buffers)
 
 # %% ../../nbs/retriever/09_page.ipynb #c405e19a
@@ -398,8 +398,8 @@ def pick_mode(self: SearchPage, mode: str) -> None:
 def show(self: SearchPage) -> None:
     "Bring the browser in line with the session."
     page = dict(
-        status=self.status.value, bad=self.bad, progress=self.progress, log=self.log, answered=self.answered,
-        galleries=galleries(), gallery=self.gallery, folder=plain_text(self.folder),
+        status=self.status.value, bad=self.bad, progress=self.progress, log=self.log, begun=self.begun,
+        answered=self.answered, galleries=galleries(), gallery=self.gallery, folder=plain_text(self.folder),
         asks_folder=self.gallery == OWN, text=self.text.value, written=self.written, hint=ASK,
         why=self.why, shelf=self.shelf, most_bytes=UPLOAD_BYTES)
     self.widget.state = page | self.told_question() | self.told_answer()
