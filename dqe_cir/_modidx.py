@@ -912,6 +912,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'dqe_cir.encoder.tokens.stores': ('encoder/tokens.html#stores', 'dqe_cir/encoder/tokens.py'),
                                         'dqe_cir.encoder.tokens.waiting_for': ( 'encoder/tokens.html#waiting_for',
                                                                                 'dqe_cir/encoder/tokens.py'),
+                                        'dqe_cir.encoder.tokens.whole_tokens': ( 'encoder/tokens.html#whole_tokens',
+                                                                                 'dqe_cir/encoder/tokens.py'),
                                         'dqe_cir.encoder.tokens.write_notes': ( 'encoder/tokens.html#write_notes',
                                                                                 'dqe_cir/encoder/tokens.py')},
             'dqe_cir.evaluator.preference': { 'dqe_cir.evaluator.preference.agreed_by_person': ( 'evaluator/preference.html#agreed_by_person',
