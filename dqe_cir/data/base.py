@@ -43,7 +43,7 @@ class CIRDataset:
     galleries: dict[str, list[str]]  # category (or "all") to image ids
     root: Path
     files: dict[str, Path] = field(default_factory=dict, repr=False)  # image id to file, where there is one
-    data: str = "real"  # real, custom (one's own), a drawn world by its name, or sample: one in another's layout
+    data: str = "real"  # real, custom (one's own), sample (drawn in another's layout), or a drawn world
     title: str = field(default="", repr=False)  # in tables and records; empty: the name
     note: str = field(default="", repr=False)  # what its reader decided, in one line
     # known of drawn data alone: what images show, all right answers by pair id, what each query asks for
@@ -129,7 +129,7 @@ SIZES = ("full", "smoke")  # that every world is drawn in
 
 @dataclass(frozen=True)
 class DrawnWorld:
-    "What a data set that is drawn here can do beyond being read; everybody asks it here, and none by its name."
+    "What a data set that is drawn here can do beyond being read; everybody asks it here, none by its name."
     make: Callable  # (size=) to the root that `load` reads: all of it, drawn if it is not there
     root: Callable  # (size) to the name of that folder below the data folder
     write_texts: Callable  # (folder, size): what `load` reads, without a picture

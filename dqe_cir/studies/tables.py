@@ -111,6 +111,7 @@ def worlds_of(runs: list[dict]) -> list[str]:
     "Those of them that some of the runs are on."
     return [name for name in worlds() if any(run["data"] == name for run in runs)]
 
+# %% ../../nbs/studies/03_tables.ipynb #18808435
 def is_study(record: dict) -> bool:
     "Is it a record of many runs under several conditions?"
     return isinstance(record.get("conditions"), dict) and isinstance(record.get("runs"), list)
@@ -206,6 +207,7 @@ def side_by_side(
         table[method] = cells
     return table
 
+# %% ../../nbs/studies/03_tables.ipynb #698aaca1
 def drawn_cells(runs: list[dict], method: str, world: str) -> dict[str, str]:
     "Cells `WORLD METRIC` of a method, with `WORLD own mAP` by its own recipe, and `WORLD status`."
     found, own = (latest(runs, method, world, board=board) for board in (None, "own"))
@@ -293,6 +295,7 @@ def benchmarks() -> list[str]:
     "The data sets on which figures of several systems can be compared: all but one's own."
     return [name for name, spec in SPECS.items() if not spec.own]
 
+# %% ../../nbs/studies/03_tables.ipynb #026813b2
 def not_run(runs: list[dict], datasets: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:
     """One line `dataset: methods` per kind of empty cell, with its command (`NAME` for the method) and what
     it needs; of all benchmarks, or of some data sets."""
@@ -374,10 +377,12 @@ def conditions_of(runs: list[dict], world: str) -> Markdown:
     title = f"{world} val, encoder mini, percent, mean ± standard deviation over seeds"
     return text_table(rows, ["method", "seeds", *measures, "status"], title)
 
+# %% ../../nbs/studies/03_tables.ipynb #c19b8ff2
 def conditions_table(runs: list[dict]) -> Markdown:
     "`conditions_of` every drawn world that has a record, one table after the other."
     return Markdown("\n\n".join(conditions_of(runs, name).data for name in worlds_of(runs)))
 
+# %% ../../nbs/studies/03_tables.ipynb #75a63e72
 def own_table(runs: list[dict]) -> Markdown:
     "Every run on data of one's own, or on a part of a benchmark, by what its data are called."
     measures, rows, members = ["R@1", "R@5", "R@10", "R@50", "mAP"], {}, {}
