@@ -110,7 +110,7 @@ def guarded(self: SearchPage, action):
 # %% ../../nbs/retriever/09_page.ipynb #9a7d7dce
 @patch
 def working(self: SearchPage, done: int, total: int) -> None:
-    "Move the progress bar, and nothing else: the retriever is between two galleries, and can be asked nothing."
+    "Move the progress bar, and nothing else: between two galleries the retriever can be asked nothing."
     self.progress = done / total
     self.say(f"encoding pictures: {done:,} of {total:,}")
     self.widget.state = self.widget.state | dict(progress=self.progress, status=self.status.value)
