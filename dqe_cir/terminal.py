@@ -50,8 +50,10 @@ def time_left(bar) -> float | None:
 # %% ../nbs/ideas/01_terminal.ipynb #2263e139
 class Progress(tqdm):
     "tqdm's bar, which also says a line at the terminal every `every` seconds."
+    hidden = False  # in the whole process: one of several whose bars would cross on one line
 
     def __init__(self, *arguments, every: float = 10.0, **more):
+        if self.hidden: more["disable"] = True
         super().__init__(*arguments, **more)
         self.every, self.said = every, 0.0
 

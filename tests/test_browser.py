@@ -21,7 +21,7 @@ from PIL import Image
 from helpers import ROOT
 
 from dqe_cir.retriever import Retriever
-from dqe_cir.retriever.drawn import garments_at_once
+from dqe_cir.retriever.drawn import drawn_at_once
 
 pytestmark = pytest.mark.browser
 SHOTS = ROOT / ".cache" / "browser"
@@ -207,7 +207,7 @@ def app(browser, tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected():
     "ids(reference, text): what the page has to show, computed without a page."
-    retriever, dataset = Retriever.load("garments", device="cpu"), garments_at_once("val", "full")
+    retriever, dataset = Retriever.load("garments", device="cpu"), drawn_at_once("garments", "val", "full")
     def ids(reference, text, **options):
         among = next(names for names in dataset.galleries.values() if reference in names)
         return [result.id for result in retriever.search(reference, text, 10, among=among, **options)]

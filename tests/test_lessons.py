@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from dqe_cir.core import DataError, generator
 from dqe_cir.retriever.lessons import Lessons, ROWS, TAUGHT, VECTORS, read_lessons, write_lessons
 from dqe_cir.retriever import Retriever, SHIPPED
-from dqe_cir.retriever.drawn import garments_at_once
+from dqe_cir.retriever.drawn import drawn_at_once
 from dqe_cir.retriever.commands import main
 from dqe_cir.trainer import smoke_run
 
@@ -31,7 +31,7 @@ def shipped(): return Retriever.load("garments", device="cpu")
 
 
 def test_the_shipped_model_tells_what_it_was_taught(shipped):
-    train, val = garments_at_once("train"), garments_at_once("val")
+    train, val = drawn_at_once("garments", "train"), drawn_at_once("garments", "val")
     assert len(shipped.lessons) == len(train.triplets)
     triplet = val.triplets[7]
     lesson = shipped.nearest_lessons(triplet.reference, "is red", count=2)[0]
@@ -42,7 +42,7 @@ def test_the_shipped_model_tells_what_it_was_taught(shipped):
 
 def test_a_training_query_asked_again_is_its_own_nearest(shipped):
     "Half precision and all: five training queries, each of another part of the file."
-    train = garments_at_once("train").triplets
+    train = drawn_at_once("garments", "train").triplets
     shipped.seen.clear()
     for t in train[::len(train) // 5 + 1]:
         words = next(text for reference, text, target, _ in shipped.lessons.taught if (reference, target) == (t.reference, t.target))

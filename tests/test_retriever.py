@@ -21,7 +21,7 @@ from dqe_cir.encoder import cache_tokens, load_encoder
 from dqe_cir.evaluator.scoring import encode_gallery, encode_queries
 from dqe_cir.methods.info_nce import InfoNCE
 from dqe_cir.retriever import Retriever
-from dqe_cir.retriever.drawn import garments_at_once
+from dqe_cir.retriever.drawn import drawn_at_once
 from dqe_cir.retriever.index import compared, digest_of, picture_files, stored_index
 from dqe_cir.retriever.page import MOST, no_maps
 from dqe_cir.retriever.search import ReadQuery, gate_by_hand, gate_shares, gated
@@ -32,7 +32,7 @@ from dqe_cir.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")
-def gallery(): return garments_at_once("val", "smoke")
+def gallery(): return drawn_at_once("garments", "val", "smoke")
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_a_method_without_parts_searches_too(gallery):
 
 def test_drawn_on_demand_is_the_benchmark_bit_for_bit(tmp_path, monkeypatch, gallery):
     monkeypatch.setenv("DQE_CIR_DATA", str(tmp_path))
-    lazy = garments_at_once("val", "smoke")
+    lazy = drawn_at_once("garments", "val", "smoke")
     assert [t for t in lazy.triplets] == [t for t in gallery.triplets]
     assert lazy.files[lazy.gallery[7]].read_bytes() == gallery.files[gallery.gallery[7]].read_bytes()
 

@@ -34,7 +34,7 @@ def test_an_absent_data_set_is_replaced_by_a_sample_that_says_so(home, tmp_path,
     shown = (tmp_path / "out.ipynb").read_text()
     told = run.stderr.replace("\r", "\n")  # what somebody at the terminal saw meanwhile
     assert f"data/{dataset} is not there" in told and "epoch 1 of 1 · loss" in told and "should it be stopped" in told
-    assert f"data/{dataset} is not there" in shown and "GARMENTS SAMPLE, NOT THE REAL DATA" in shown
+    assert f"data/{dataset} is not there" in shown and "DRAWN SAMPLE, NOT THE REAL DATA" in shown
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"metrics.jsonl", "model.safetensors", "contact_sheet.png"}
 
 

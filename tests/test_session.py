@@ -8,7 +8,7 @@ from PIL import Image
 
 from dqe_cir.files import DataError
 from dqe_cir.retriever import QdrantFolder, Retriever, SearchPage, Session
-from dqe_cir.retriever.drawn import garments_at_once
+from dqe_cir.retriever.drawn import drawn_at_once
 from dqe_cir.retriever.index import source_name
 from dqe_cir.retriever.lessons import Lessons
 from dqe_cir.retriever.session import dataset_of, index_store, open_gallery
@@ -17,7 +17,7 @@ embedded = pytest.mark.skipif(importlib.util.find_spec("qdrant_edge") is None, r
 
 
 @pytest.fixture(scope="module")
-def small(): return garments_at_once("val", "smoke")
+def small(): return drawn_at_once("garments", "val", "smoke")
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def test_percent_has_one_decimal_and_nothing_is_a_dash(values):
     assert cells == ["x", *("–" if values.get(key) is None else f"{values[key]:.1f}" for key in "abcd")]
 
 
-@pytest.mark.parametrize("kind, stamp", [("real", ""), ("garments", " (garments benchmark)"), ("sample", " (GARMENTS SAMPLE, NOT THE REAL DATA)"),
+@pytest.mark.parametrize("kind, stamp", [("real", ""), ("garments", " (garments benchmark)"), ("sample", " (DRAWN SAMPLE, NOT THE REAL DATA)"),
                                          ("borrowed", " (borrowed)"), ("custom", "")])
 def test_a_title_says_what_the_data_are(kind, stamp):
     data = CIRDataset("cirr", "val", [None] * 4181, {}, Path(), data=kind)

@@ -18,7 +18,7 @@ from dqe_cir.files import DataError
 from dqe_cir.retrieval import top_k
 from dqe_cir.retriever import QdrantFolder, QdrantServer, Retriever
 from dqe_cir.retriever.beyond_memory import StoredPictures
-from dqe_cir.retriever.drawn import garments_at_once
+from dqe_cir.retriever.drawn import drawn_at_once
 
 embedded = pytest.mark.skipif(importlib.util.find_spec("qdrant_edge") is None, reason="qdrant-edge-py is not installed: pip install dqe-cir[qdrant], or make test-stores")
 
@@ -150,7 +150,7 @@ def test_same_ids_whatever_was_added_removed_and_changed(place, tokens):
 
 def test_a_retriever_answers_alike(place, tmp_path):
     "Indexing, a category, a copy, a file renamed, one removed, one changed, one broken; loaded again."
-    small, folder = garments_at_once("val", "smoke"), tmp_path / "pictures"
+    small, folder = drawn_at_once("garments", "val", "smoke"), tmp_path / "pictures"
     folder.mkdir()
     for i in range(8): shutil.copy(small.files[small.gallery[i]], folder / f"{i}.png")
     shutil.copy(folder / "0.png", folder / "copy.png")
@@ -199,7 +199,7 @@ print("ended", len(retriever), flush=True)
 
 @embedded
 def test_what_was_reported_as_stored_is_there_after_a_kill(tmp_path):
-    small, folder, store = garments_at_once("val", "smoke"), tmp_path / "pictures", tmp_path / "engine"
+    small, folder, store = drawn_at_once("garments", "val", "smoke"), tmp_path / "pictures", tmp_path / "engine"
     folder.mkdir()
     for i in range(60): shutil.copy(small.files[small.gallery[i]], folder / f"{i:02}.png")
     work = subprocess.Popen([sys.executable, "-W", "ignore", "-c", WORK, str(folder), str(store)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)

@@ -123,7 +123,7 @@ CIRR = DatasetSpec(
     get="the repository's data/README.md says how to get the NLVR2 images of CIRR and how to lay them out",
     licence="CIRR's annotations are under the MIT licence; its pictures come from NLVR2 "
             "and have the licences of their authors.",
-    splits=("train", "val", "test1"), stand_in=True,
+    splits=("train", "val", "test1"), stand_in="garments",
     published={"train": {"all": (28225, 16939)}, "val": {"all": (4181, 2297)},
                "test1": {"all": (4148, 2315)}},
     reference_ranked=False, galleries={"original": "all images of the split as gallery"}, choices=("prompt",),

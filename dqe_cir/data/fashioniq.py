@@ -152,7 +152,7 @@ FASHIONIQ = DatasetSpec(
     published={"train": {"dress": (5985, 11452), "shirt": (5988, 19036), "toptee": (6027, 16121)},
                "val": {"dress": (2017, 3817), "shirt": (2038, 6346), "toptee": (1961, 5373)},
                "test": {"dress": (2024, 3818), "shirt": (2038, 6346), "toptee": (2056, 5374)}},
-    unused_images=True, stand_in=True, by_category=True,
+    unused_images=True, stand_in="garments", by_category=True,
     galleries={"original": "original split as gallery, by category",
                "val_union": "references and targets of the split as gallery, by category"},
     captions=2, choices=("gallery", "exclude_reference", "caption_order", "prompt"), protocols=_rules,

@@ -145,7 +145,8 @@ def check_columns(config) -> None:
 # %% ../../nbs/methods/80_dqe_cir.ipynb #99f36cb5
 def check_own(config) -> None:
     "`ValueError` unless negatives can be chosen by labels: from mined pools, of labelled images."
-    if not SPECS[config.dataset].drawn:
+    world = SPECS[config.dataset].drawn
+    if not world or [*world.kinds] != [*ATTRIBUTE_MARGINS]:
         wanted = f"labels of all images, which {config.dataset} has not: use shared"
         raise ValueError(f"attribute_negatives=own needs {wanted}")
     if config.negatives == "in_batch":

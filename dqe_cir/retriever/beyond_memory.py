@@ -20,8 +20,8 @@ from torch import Tensor
 from ..files import DataError, read_json, write_json
 from ..methods.base import Method
 from .drawn import DrawnOnDemand
-from .index import IndexReport, Pictures, Retriever, as_text, categories_of, compared
-from .index import from_text
+from .index import IndexReport, Pictures, Retriever, as_text, categories_of, check_there
+from .index import compared, from_text
 
 # %% ../../nbs/retriever/11_beyond_memory.ipynb #e23d69f6
 def hits_needed(k: int, tokens: int) -> int:
@@ -206,9 +206,7 @@ def index_in_store(self: Retriever, pictures: Pictures, store=None,
     if store is not None: raise ValueError(f"the pictures go into {engine}: leave out store={store}")
     there = self.store.listing()
     before = there if self.source == pictures.name else {}
-    if before and not pictures.keys:
-        raise DataError(f"{pictures.name} holds no readable picture, and {engine} knows {len(before):,} of "
-                        "it: is the disk there? They stay; for an empty index name another place")
+    check_there(pictures, len(before), engine)
     self.source, self.root = pictures.name, None if pictures.drawn else Path(pictures.root)
     self.store.describe(self.source, self.root)
     broken = self.write_missing(pictures, there, progress)

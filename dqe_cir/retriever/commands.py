@@ -17,7 +17,7 @@ from ..files import DataError, write_json
 from .index import Retriever
 from .lessons import ROWS, TAUGHT
 from .search import Result
-from .session import index_store
+from .session import SearchConfig, index_store
 from .share import export
 from ..terminal import Progress
 
@@ -34,7 +34,7 @@ def on_a_bar():
 # %% ../../nbs/retriever/12_commands.ipynb #578b543b
 def indexed(model: str, folder: str, device: str = "auto", encoder: str = "") -> Retriever:
     """A retriever that searches the pictures below a folder; what it found is said on stderr. `model` is a
-    run, an exported folder, `garments` for the shipped one, or empty: the newest run, else the shipped."""
+    run, an exported folder, one that ships (`garments`), or empty: the newest run, else the shipped."""
     logging.disable_progress_bar()  # of the library, for weights that are read in no time
     retriever = Retriever.load(model, device, encoder)
     with on_a_bar() as shown: report = retriever.index(folder, index_store(retriever, folder), shown)
@@ -102,7 +102,7 @@ EXAMPLES = {
     "serve": "dqe-cir serve --gallery photos",
     "export": "dqe-cir export runs/garments-dqe_cir-seed0 coats",
 }
-MODEL = "a run, an exported folder, or garments for what ships; without it the newest run under runs/"
+MODEL = "a run, an exported folder, or one that ships (garments); without it the newest run under runs/"
 
 def new_command(commands, name: str, told: str) -> argparse.ArgumentParser:
     "A command with its help and its example."
@@ -129,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--text", required=True, help="what should be different")
     search.add_argument("-k", type=int, default=10, help="how many pictures, 10 without it")
     search.add_argument("--json", action="store_true", help="a JSON list instead of lines")
-    page.add_argument("--gallery", default="garments", help="a data set or a folder of pictures")
+    page.add_argument("--gallery", default=SearchConfig.gallery, help="a data set or a folder of pictures")
     handed.add_argument("run", help="the run folder")
     handed.add_argument("folder", help="the folder to write")
     return top

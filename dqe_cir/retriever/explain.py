@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..attributes import ComposedQuery, speaks_of
 from ..data.base import Triplet
+from ..data.datasets import SPECS
 from ..data.pictures import open_image
 from ..readings import mean_vector
 from .attention import as_grid, attribute_maps
-from .drawn import DrawnOnDemand, garments_root
+from .drawn import DrawnOnDemand
 from .index import Retriever, is_drawn
 from .lessons import Lesson, Lessons, lessons_of_run, read_lessons
 from .search import ReadQuery, gate_shares, gated
@@ -167,4 +168,5 @@ def taught_picture(self: Retriever, name: str) -> Image.Image:
     "A training picture of a model that was trained on drawn pictures; `ValueError` for any other model."
     if not is_drawn(self.config.dataset):
         raise ValueError(f"pictures of {self.config.dataset}'s training set are not kept with the model")
-    return open_image(DrawnOnDemand([name], garments_root(self.config.size))[name])
+    world = SPECS[self.config.dataset].drawn
+    return open_image(DrawnOnDemand([name], world.root(self.config.size))[name])

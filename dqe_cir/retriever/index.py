@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CALLED_PICTURES', 'LEADS_NOWHERE', 'SHIPPED', 'MADE', 'AT_HAND', 'PLAIN', 'recognised', 'files_below',
            'picture_files', 'content_key', 'large_enough', 'readable', 'newest_run', 'model_folder', 'Retriever',
-           'is_drawn', 'Places', 'categories_of', 'grouped', 'heading', 'IndexReport', 'compared', 'read_or_reason',
-           'Pictures', 'content_keys', 'source_name', 'pictures_of', 'record_of', 'made_before', 'keep_records',
-           'at_hand', 'rearranged', 'digest_of', 'as_text', 'from_text', 'plain_text', 'FilesBelow', 'places_of',
-           'all_different', 'sound_groups', 'unsound', 'stored_index', 'stored_vectors', 'placed']
+           'is_drawn', 'examples_for', 'Places', 'categories_of', 'grouped', 'heading', 'IndexReport', 'compared',
+           'read_or_reason', 'Pictures', 'content_keys', 'source_name', 'pictures_of', 'record_of', 'made_before',
+           'keep_records', 'check_there', 'at_hand', 'rearranged', 'digest_of', 'as_text', 'from_text', 'plain_text',
+           'FilesBelow', 'places_of', 'all_different', 'sound_groups', 'unsound', 'stored_index', 'stored_vectors',
+           'placed']
 
 # %% ../../nbs/retriever/04_index.ipynb #22d6ad59
 import contextlib, hashlib, json, os, re, zlib
@@ -35,9 +36,10 @@ from ..files import refused_by_disk, write_json, write_tensors
 from ..retrieval import check_embeddings
 from .drawn import DrawnOnDemand
 from .lessons import names_in, seal
-from ..trainer.config import ZeroShotConfig, zero_shot_config
+from ..trainer.config import TrainConfig, ZeroShotConfig, zero_shot_config
 from ..trainer.evaluation_config import in_words, trained_on
-from ..trainer.runs import build_method, finished_runs, load_run, runs_folder, trained_state
+from ..trainer.runs import build_method, finished_runs, load_run, runs_folder, shipped_models
+from ..trainer.runs import trained_state
 
 # %% ../../nbs/retriever/04_index.ipynb #a39aa864
 CALLED_PICTURES = {*PICTURE_SUFFIXES, ".jpe", ".jfif", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif"}
@@ -116,7 +118,7 @@ def readable(path: Path, shown: str = "") -> Image.Image:
         raise DataError(reason) from None
 
 # %% ../../nbs/retriever/04_index.ipynb #137d3332
-SHIPPED = MINI.parent / "garments"
+SHIPPED = MINI.parent / TrainConfig.dataset  # of all models that ship, the one that is taken unasked
 
 # %% ../../nbs/retriever/04_index.ipynb #66b3b5b0
 def newest_run() -> Path | None:
@@ -126,8 +128,9 @@ def newest_run() -> Path | None:
 
 # %% ../../nbs/retriever/04_index.ipynb #6e870dd4
 def model_folder(source: str | Path = "") -> Path:
-    "The folder of a model: for an empty source the newest run, else the shipped model; for `garments` that."
-    if source == SHIPPED.name and not Path(source).exists(): return SHIPPED
+    "The folder of a model: for an empty source the newest run, else `SHIPPED`; one that ships by its name."
+    ships = shipped_models().get(str(source))
+    if ships and not Path(source).exists(): return ships
     return Path(source) if source else newest_run() or SHIPPED
 
 # %% ../../nbs/retriever/04_index.ipynb #4ee02f01
@@ -157,14 +160,14 @@ class Retriever(PyTorchModelHubMixin, library_name="dqe-cir", tags=["composed-im
 @patch(cls_method=True)
 def load(cls: Retriever, source: str | Path = "", device: str = "auto", encoder: str = "",
          store=None) -> Retriever:
-    """The retriever of a run folder, an exported folder, `garments` (the shipped model), or (empty) the
-    newest run, else the shipped model; with its index if it has one, or with the pictures in a `store`, an
+    """The retriever of a run folder, an exported folder, a model that ships (`garments`), or (empty) the
+    newest run, else the one that ships; with its index if it has one, or with the pictures in a `store`, an
     engine of the page `beyond_memory`. `encoder` says where the encoder lies, if that is not where the
     training had it. Other folders raise `DataError`, and so does a damaged index."""
     folder = model_folder(source)
     method, config = load_run(folder, device, encoder)
     record = folder / "results.json"
-    retriever = cls(method, config, "the shipped model" if folder == SHIPPED else folder.name)
+    retriever = cls(method, config, "the shipped model" if folder.parent == SHIPPED.parent else folder.name)
     if record.exists(): retriever.record = read_json(record, "evaluate the run again, or remove it", dict)
     retriever.folder = folder
     if store is not None: retriever.search_in(store)
@@ -183,7 +186,11 @@ def zero_shot(cls: Retriever, encoder: str = "mini", query: str = "", device: st
 def is_drawn(dataset: str) -> bool:
     "Are the pictures of a data set of that name drawn? Then they can be drawn again; no name is none."
     spec = SPECS.get(dataset)
-    return spec is not None and spec.drawn
+    return spec is not None and spec.drawn is not None
+
+def examples_for(dataset: str) -> tuple[str, ...]:
+    "Requests as somebody types them: those of a drawn data set; of any other name, of the one that ships."
+    return SPECS[dataset if is_drawn(dataset) else SHIPPED.name].drawn.examples
 
 # %% ../../nbs/retriever/04_index.ipynb #e4ef1c56
 @patch(as_prop=True)
@@ -489,6 +496,13 @@ def keep_records(path: Path, model: str, start: int, made: dict[str, Tensor]) ->
         raise DataError(f"{path} could not be written ({said}): make room and index again") from None
     return start + len(content)
 
+# %% ../../nbs/retriever/04_index.ipynb #c4f3d1b6
+def check_there(pictures: Pictures, known: int, keeper: str = "its index") -> None:
+    "`DataError` for a place without a readable picture, of which somebody knows some."
+    if pictures.keys or not known: return
+    raise DataError(f"{pictures.name} holds no readable picture, and {keeper} knows {known:,}: is the disk "
+                    "there? They stay; for an empty index name another place")
+
 # %% ../../nbs/retriever/04_index.ipynb #a9f374ad
 @patch
 def index(self: Retriever, source: Path | str | CIRDataset, store: Path | str | None = None,
@@ -500,9 +514,7 @@ def index(self: Retriever, source: Path | str | CIRDataset, store: Path | str | 
     if self.store is not None: return self.index_in_store(pictures, store, progress)
     if store is not None: self.read_index(store)
     before = dict(zip(self.ids, self.keys)) if self.source == pictures.name else {}
-    if before and not pictures.keys:
-        raise DataError(f"{pictures.name} holds no readable picture, and its index knows {len(before):,}: is "
-                        "the disk there? The index stays as it is; for an empty one use another store")
+    check_there(pictures, len(before))
     broken = self.encode_missing(pictures, store, progress)
     pictures.unreadable |= {name: broken[key] for name, key in pictures.keys.items() if key in broken}
     report = compared(before, dict(zip(self.ids, self.keys)))

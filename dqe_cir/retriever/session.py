@@ -25,26 +25,26 @@ from ..data.base import CIRDataset, Triplet
 from ..data.captions import caption_text, clean_caption
 from ..data.custom import READERS, read_table
 from ..data.datasets import SPECS, load_dataset
-from ..data.garments.draw import ATTRIBUTES, Garment
-from ..data.garments.requests import caption_corpus, is_relevant, read_request
 from ..data.pictures import as_rgb, open_image, picture_of
 from ..files import DataError, replacing, write_json
 from ..readings import mean_vector
-from .drawn import garments_at_once
-from .index import Retriever, SHIPPED, is_drawn, large_enough, plain_text, source_name
+from .drawn import drawn_at_once
+from .index import Retriever, is_drawn, large_enough, plain_text, source_name
 from .lessons import TAUGHT, read_lessons, told_lessons
 from .search import Result, unheard
 from ..show.figures import data_title
 from ..show.sheets import framed, verdict
+from ..trainer.config import TrainConfig
+from ..trainer.runs import shipped_models
 
 # %% ../../nbs/retriever/08_session.ipynb #37fb4a02
 @dataclass(frozen=True)
 class SearchConfig:
     "Every parameter of the search notebook."
-    model: str = ""  # a run or an exported model; garments: the shipped one; empty: newest run, else shipped
+    model: str = ""  # a run, an exported model, or one that ships (garments); empty: newest run, else shipped
     encoder: str = ""  # where the model's encoder lies now; with model zero_shot: what to search with
-    gallery: str = "garments"  # garments, fashioniq, cirr, circo, or a folder of pictures
-    size: str = "full"  # garments: full or smoke
+    gallery: str = TrainConfig.dataset  # a data set, or a folder of pictures
+    size: str = "full"  # drawn data: full or smoke
     interactive: str = "auto"  # yes, no, or auto: widgets where a person can click, else a static sheet
 
 # %% ../../nbs/retriever/08_session.ipynb #db79128c
@@ -228,16 +228,9 @@ def among(self: Session, reference: str) -> list[str] | None:
 def right_of(self: Session, reference: str, text: str) -> set[str] | None:
     """The pictures of a drawn gallery that answer a typed request; None where its words or its reference
     are not understood."""
-    about = self.dataset.attributes if self.dataset is not None else {}
-    if reference not in about: return None
-    fields = ("category", *ATTRIBUTES)
-    garment = {name: Garment(**{field: about[name][field] for field in fields})
-               for name in self.among(reference) or self.dataset.gallery}
-    asked = garment[reference]
-    mentions = read_request(text, asked)
-    if mentions is None: return None
-    return {name for name, candidate in garment.items()
-            if name != reference and is_relevant(candidate, mentions, asked)}
+    if self.dataset is None or not is_drawn(self.dataset.name): return None
+    names = self.among(reference) or self.dataset.gallery
+    return SPECS[self.dataset.name].drawn.answers(self.dataset, reference, text, names)
 
 # %% ../../nbs/retriever/08_session.ipynb #2c07e4a9
 @patch
@@ -252,7 +245,8 @@ def marks_of(self: Session, reference: str, text: str, results: list[Result]) ->
 # %% ../../nbs/retriever/08_session.ipynb #112c950c
 def training_texts(retriever: Retriever) -> list[str]:
     "The requests a model was trained on, or the phrases they were made of; empty where they are not known."
-    if is_drawn(retriever.config.dataset): return caption_corpus()
+    trained_on = retriever.config.dataset
+    if is_drawn(trained_on): return SPECS[trained_on].drawn.phrases()
     folder = retriever.folder
     if folder is None: return []
     kept = folder / TAUGHT
@@ -551,7 +545,7 @@ def dataset_of(name: str, size: str = "full") -> CIRDataset | None:
     "The validation split that a name, or a folder with a table of requests, stands for; None for a folder."
     if has_table(name): return own_requests(name)
     if name not in galleries() or name == OWN: return None
-    return garments_at_once("val", size) if is_drawn(name) else load_dataset(name, split="val")
+    return drawn_at_once(name, "val", size) if is_drawn(name) else load_dataset(name, split="val")
 
 # %% ../../nbs/retriever/08_session.ipynb #3c8f7ab2
 def dataset_or_fault(name: str, size: str = "full") -> tuple[CIRDataset | None, str]:
@@ -579,8 +573,9 @@ def open_gallery(retriever: Retriever, name: str, size: str = "full", progress=N
     drawn, in_memory = dataset and is_drawn(dataset.name), retriever.store is None
     source = dataset or str(Path(name).expanduser())
     with index_kept(retriever):
-        if drawn and in_memory and retriever.source != source_name(dataset):
-            retriever.read_index(SHIPPED)  # fits if this is the very model that ships
+        ships = shipped_models().get(name) if drawn and in_memory else None
+        if ships and retriever.source != source_name(dataset):
+            retriever.read_index(ships)  # fits if this is the very model that ships
         if drawn and retriever.source == source_name(dataset) and len(retriever) == len(dataset.gallery):
             found = f"{len(retriever):,} pictures, index as shipped"
         else:

@@ -15,6 +15,7 @@ from IPython.display import HTML, Markdown
 from plotly.subplots import make_subplots
 
 from ..data.base import CIRDataset
+from ..data.datasets import SPECS
 from ..terminal import say
 
 # %% ../../nbs/show/01_figures.ipynb #12157fc5
@@ -121,12 +122,12 @@ def point_figure(points: dict[str, tuple[float, float, float]], title: str, x: s
     return figure.update_xaxes(range=[low - pad, high + pad])
 
 # %% ../../nbs/show/01_figures.ipynb #b934db43
-STAMPS = {"real": "", "custom": "", "garments": "garments benchmark",
-          "sample": "GARMENTS SAMPLE, NOT THE REAL DATA"}
+STAMPS = {"real": "", "custom": "", "sample": "DRAWN SAMPLE, NOT THE REAL DATA"}
 
 def data_title(dataset: CIRDataset) -> str:
     "Data set, split, and what the data really are."
-    stamp = STAMPS.get(dataset.data, dataset.data)
+    drawn = dataset.data in SPECS and SPECS[dataset.data].drawn
+    stamp = f"{dataset.data} benchmark" if drawn else STAMPS.get(dataset.data, dataset.data)
     return f"{dataset.title} {dataset.split}" + (f" ({stamp})" if stamp else "")
 
 # %% ../../nbs/show/01_figures.ipynb #1c1c4643

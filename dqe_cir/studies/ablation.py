@@ -4,22 +4,22 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'NO_TERMS', 'TUNED', 'DQE', 'OURS', 'PLAIN', 'PAPER', 'SOURCES', 'FAMILIES', 'CONDITIONS', 'REASONS', 'MINED',
-           'PAIRED', 'AFTER_WARM_UP', 'NAMED', 'QUERIES', 'COMMON', 'COMMITTED', 'SMALL', 'STUDENT', 'LANDMARKS',
-           'MEASURES', 'read_change', 'condition_of', 'warm_up_key', 'share_above', 'suppression', 'named_values',
+           'PAIRED', 'AFTER_WARM_UP', 'QUERIES', 'COMMON', 'COMMITTED', 'SMALL', 'STUDENT', 'LANDMARKS', 'MEASURES',
+           'read_change', 'condition_of', 'warm_up_key', 'share_above', 'suppression', 'named_values',
            'excluding_pairs', 'confusion', 'in_batch_false_negatives', 'Job', 'unread', 'passed_on', 'check_alone',
            'study_jobs', 'load_sets', 'peak_memory', 'epochs_done', 'costs', 'walk', 'warm_up', 'start_from',
            'package_commit', 'same_run', 'take_over', 'run_job', 'parameters', 'extra_measures', 'check_finished',
-           'check_made_from', 'made_now', 'fingerprints', 'run_study', 'without_bars', 'in_processes', 'kind_of',
-           'search_scores', 'search_table', 'standard_error', 'best_rates', 'StudyConfig', 'recorded_conditions',
-           'at_home', 'read_record', 'check_record', 'check_study', 'as_texts', 'study_config', 'small_study',
-           'interval', 'values_of', 'shared_seeds', 'paired', 'mean_and_spread', 'summary_table', 'difference_table',
-           'outcome', 'finding', 'findings', 'query_values', 'over_queries', 'queries_table', 'kept_of', 'study_record',
-           'read_study', 'source_line', 'study_report', 'seed_spread', 'compare_run', 'against_table', 'against_report',
-           'check_against', 'telling_rows', 'side_by_side', 'draw_sheet', 'means_report', 'differences_report',
-           'sheet_of']
+           'check_made_from', 'made_now', 'fingerprints', 'run_study', 'hide_bars', 'in_processes', 'kind_of',
+           'search_scores', 'search_table', 'standard_error', 'best_rates', 'StudyConfig', 'without_lists',
+           'recorded_conditions', 'at_home', 'read_record', 'check_record', 'check_study', 'as_texts', 'study_config',
+           'small_study', 'interval', 'values_of', 'shared_seeds', 'paired', 'mean_and_spread', 'summary_table',
+           'difference_table', 'outcome', 'finding', 'findings', 'query_values', 'over_queries', 'queries_table',
+           'kept_of', 'study_record', 'read_study', 'source_line', 'study_report', 'seed_spread', 'compare_run',
+           'against_table', 'against_report', 'check_against', 'telling_rows', 'side_by_side', 'draw_sheet',
+           'means_report', 'differences_report', 'sheet_of']
 
 # %% ../../nbs/studies/01_ablation.ipynb #c96b4c61
-import contextlib, dataclasses, functools, hashlib, json, math, multiprocessing, os, re, shutil
+import dataclasses, functools, hashlib, json, math, multiprocessing, re, shutil
 import statistics, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -29,12 +29,13 @@ from fastcore.basics import patch
 from IPython.display import Markdown
 from PIL import Image
 from torch import Tensor
+from transformers.utils import logging
 
 from ..core import checked, checkout, environment, generator, git
 from ..data.base import CIRDataset
-from ..data.datasets import load_dataset
+from ..data.datasets import SPECS, load_dataset
 from ..encoder.tokens import cache_tokens
-from ..evaluator.scoring import SHAPE, encode_gallery, encode_queries, evaluate, gallery_rows
+from ..evaluator.scoring import encode_gallery, encode_queries, evaluate, gallery_rows, kinds_of
 from ..files import DataError, append_jsonl, read_json, read_jsonl, read_tensors, replacing
 from ..files import write_json, write_tensors
 from ..methods.zoo import METHODS
@@ -166,7 +167,8 @@ def suppression(method: Method, dataset: CIRDataset, tokens, queries: int = 600)
     chosen = dataset.triplets[::max(1, len(dataset.triplets) // queries)]
     shares = []
     for name, ids in dataset.galleries.items():
-        triplets = [t for t in chosen if t.category == name]
+        triplets = [t for t in chosen if len(dataset.galleries) == 1 or t.category == name]
+        if not triplets: continue
         gallery = encode_gallery(method.eval(), tokens, ids)
         scores = method.score(encode_queries(method, tokens, triplets), gallery).float().cpu()
         right = torch.tensor([[image in dataset.relevant[t.pair_id] for image in ids] for t in triplets])
@@ -175,12 +177,11 @@ def suppression(method: Method, dataset: CIRDataset, tokens, queries: int = 600)
     return 100 * torch.cat(shares).nanmean().item()
 
 # %% ../../nbs/studies/01_ablation.ipynb #c0a59058
-NAMED = ("colour", "pattern", "neckline")
-
 def named_values(dataset: CIRDataset) -> list[dict[str, str]]:
-    "For each query, the attributes of `NAMED` for which it asks for exactly one value."
+    "For each query, the attributes that exclude each other for which it asks for exactly one value."
+    named = SPECS[dataset.name].drawn.excluding
     asked = [dataset.mentions[t.pair_id] for t in dataset.triplets]
-    return [{name: values[0] for name, values in mentions.items() if name in NAMED and len(values) == 1}
+    return [{name: values[0] for name, values in mentions.items() if name in named and len(values) == 1}
             for mentions in asked]
 
 # %% ../../nbs/studies/01_ablation.ipynb #9dbe5cc8
@@ -198,17 +199,17 @@ def excluding_pairs(dataset: CIRDataset) -> list[tuple[int, int]]:
 
 # %% ../../nbs/studies/01_ablation.ipynb #16a3e978
 @torch.no_grad()
-def confusion(method: Method, dataset: CIRDataset, tokens) -> float:
-    "Percent of excluding requests, put to the same reference, whose first image is the same."
-    same, pairs = [], excluding_pairs(dataset)
-    asked = [(dataset.triplets[i], dataset.triplets[j]) for i, j in pairs]
-    for name, ids in dataset.galleries.items():
-        mine = [(one, other) for one, other in asked if one.category == name]
-        gallery = encode_gallery(method.eval(), tokens, ids)
+def confusion(method: Method, dataset: CIRDataset, tokens) -> float | None:
+    "Percent of excluding requests, put to the same reference, whose first image is the same; None without."
+    same, pairs, triplets = [], excluding_pairs(dataset), dataset.triplets
+    for name, rows in gallery_rows(dataset).items():
+        mine = [(triplets[i], triplets[j]) for i, j in pairs if i in rows]
+        if not mine: continue
+        gallery = encode_gallery(method.eval(), tokens, dataset.galleries[name])
         first = lambda queries: method.score(encode_queries(method, tokens, queries), gallery).argmax(1)
         swapped = [dataclasses.replace(one, captions=other.captions) for one, other in mine]
         same.append(first([one for one, _ in mine]) == first(swapped))
-    return 100 * torch.cat(same).float().mean().item()
+    return 100 * torch.cat(same).float().mean().item() if same else None
 
 # %% ../../nbs/studies/01_ablation.ipynb #b374ec7e
 def in_batch_false_negatives(config: TrainConfig, dataset: CIRDataset, groups: Tensor) -> float:
@@ -403,7 +404,7 @@ def parameters(config: TrainConfig) -> dict:
 # %% ../../nbs/studies/01_ablation.ipynb #63a57b2a
 def extra_measures(
     job: Job, method: Method, data, test_set: CIRDataset, tokens, run: Run
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Percentages that need the truth: false negatives among the used negatives, suppression before and
     after, confusion."""
     if not (data.dataset.relevant and test_set.mentions): return {}
@@ -466,15 +467,10 @@ def run_study(jobs: list[Job], workers: int = 0) -> list[dict]:
     return [records[job] for job in jobs]
 
 # %% ../../nbs/studies/01_ablation.ipynb #a31d4a86
-@contextlib.contextmanager
-def without_bars():
-    "Processes that are started meanwhile draw no bars of their own: several would cross on one line."
-    was = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    try: yield
-    finally:
-        if was is None: del os.environ["TQDM_DISABLE"]
-        else: os.environ["TQDM_DISABLE"] = was
+def hide_bars() -> None:
+    "What a process does first that works beside others: their bars would cross on one line."
+    logging.disable_progress_bar()  # of the library that loads weights
+    Progress.hidden = True
 
 def in_processes(step, jobs: list[Job], workers: int):
     """Yield (job, result) as they finish. A failed job raises after the others are done; what they computed
@@ -483,7 +479,7 @@ def in_processes(step, jobs: list[Job], workers: int):
         for job in jobs: yield job, step(job)
         return
     context = multiprocessing.get_context("spawn")
-    with without_bars(), ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=hide_bars) as pool:
         waiting = {pool.submit(step, job): job for job in jobs}
         for done in as_completed(waiting): yield waiting[done], done.result()
 
@@ -541,7 +537,7 @@ class StudyConfig:
     pair: str = "info_nce,dqe_cir"
     sheet: str = ""
     workers: int = 0
-    dataset: str = "garments"
+    dataset: str = TrainConfig.dataset
     encoder: str = "mini"
     epochs: int | None = None
     lr: float | None = None
@@ -569,11 +565,17 @@ def common(self: StudyConfig) -> dict:
 # %% ../../nbs/studies/01_ablation.ipynb #fdba3d6a
 @patch(as_prop=True)
 def named(self: StudyConfig) -> dict[str, dict]:
-    "The conditions of the study, by name; all, where a record is repeated: all that it has."
+    """The conditions of the study, by name; all: those that its data set can have, and, where a record is
+    repeated, that it has."""
     names = self.conditions.split(",")
-    recorded = recorded_conditions(self.against)
+    recorded = recorded_conditions(self.against) - without_lists(self.dataset)
     if self.conditions == "all": names = [name for name in CONDITIONS if name in recorded]
     return {name: condition_of(name) for name in names}
+
+def without_lists(dataset: str) -> set[str]:
+    "Names of the conditions that a data set cannot have: nobody has written word lists for it."
+    if dataset not in SPECS or SPECS[dataset].word_lists: return set()
+    return {name for name, changes in CONDITIONS.items() if changes.get("readings") == "hand"}
 
 def recorded_conditions(against: str) -> set[str]:
     "Names of the conditions of a record; without one all that there are."
@@ -909,10 +911,11 @@ def check_against(config: StudyConfig, ours: dict) -> None:
 # %% ../../nbs/studies/01_ablation.ipynb #649fdb05
 def telling_rows(dataset: CIRDataset, difference: Tensor, count: int) -> list[int]:
     """Rows of `count` greatest, `count` middle and `count` smallest differences (Q,) among queries that name
-    a colour and a shape attribute."""
-    named = [dataset.mentions[t.pair_id].keys() for t in dataset.triplets]
-    both = [row for row, names in enumerate(named) if "colour" in names and names & set(SHAPE)]
-    order = sorted(both, key=lambda row: (-difference[row].item(), row))
+    an attribute of every kind, such as colour and shape; among all where there are no kinds."""
+    named = [dataset.mentions.get(t.pair_id, {}).keys() for t in dataset.triplets]
+    kinds = [set(names) for names in kinds_of(dataset).values()]
+    telling = [row for row, names in enumerate(named) if all(names & kind for kind in kinds)]
+    order = sorted(telling, key=lambda row: (-difference[row].item(), row))
     middle = (len(order) - count) // 2
     return [*order[:count], *order[middle:middle + count], *order[len(order) - count:]]
 

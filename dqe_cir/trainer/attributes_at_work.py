@@ -18,10 +18,11 @@ from ..core import checkout, environment
 from ..data.base import CIRDataset
 from ..data.datasets import load_dataset
 from ..encoder.tokens import cache_tokens
-from ..evaluator.scoring import GalleryScores, encode_queries, gallery_rows, top1_attributes
+from ..evaluator.scoring import GalleryScores, encode_queries, gallery_rows, kinds_of
+from ..evaluator.scoring import top1_attributes
 from ..files import write_json
 from ..methods.base import Method
-from .runs import load_run
+from .runs import load_run, read_config
 from ..vocabulary import Vocabulary, named_by
 
 # %% ../../nbs/trainer/09_attributes_at_work.ipynb #74cd47fe
@@ -84,8 +85,8 @@ def first_right(dataset: CIRDataset, scored: list[GalleryScores]) -> dict[str, f
 def part_figures(method: Method, dataset: CIRDataset, tokens) -> dict:
     """Per part top-1 colour and top-1 shape in percent, and how alike colour and shape part rank, over the
     queries of a data set whose labels are known; `tokens[ids]` are (len(ids),P,W)."""
-    if not dataset.mentions:
-        raise ValueError(f"{dataset.name} has no labels: nobody knows what a part got right")
+    if kinds_of(dataset).keys() != LEXICON.keys():
+        raise ValueError(f"{dataset.name} has no labels of colour and shape, so nobody knows what is right")
     scored, alike = {}, []
     for name, rows in gallery_rows(dataset).items():
         triplets, gallery = [dataset.triplets[row] for row in rows], dataset.galleries[name]
@@ -148,6 +149,7 @@ def write_parts(folders: dict[str, Path | str], spoken: tuple[int, ...] = (),
     "Measure run folders by name and keep the record, as `data/results/parts.json` where no path is given."
     parts = {name: parts_of_run(folder, spoken) for name, folder in folders.items()}
     command = f"write_parts of dqe_cir.trainer.attributes_at_work on runs called {', '.join(folders)}"
-    record = dict(command=command, data="garments", split="val", parts=parts, environment=environment())
+    data = ", ".join(sorted({read_config(Path(folder))["dataset"] for folder in folders.values()}))
+    record = dict(command=command, data=data, split="val", parts=parts, environment=environment())
     write_json(path or checkout() / "data" / "results" / "parts.json", record)
     return record

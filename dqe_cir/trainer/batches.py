@@ -15,13 +15,13 @@ import torch
 from fastcore.basics import patch
 
 from ..core import generator
-from ..data.base import CIRDataset, Triplet, groups_aside, linked
+from ..data.base import CIRDataset, Triplet, groups_aside, linked, uneven_targets
 from ..data.captions import stripped
-from ..data.garments.reader import uneven_targets
 from ..encoder.token_cache import TokenCache
+from ..evaluator.scoring import kinds_of
 from ..methods.base import Batch, Method
 from .config import TrainConfig, form_of
-from .mining import NegativePool, SAMPLERS, VALUES
+from .mining import NegativePool, SAMPLERS
 from .processes import ALONE, Processes
 
 # %% ../../nbs/trainer/03_batches.ipynb #431fd98e
@@ -181,14 +181,15 @@ def other_targets(data: TrainingSet, rows: list[int]) -> list[str]:
 # %% ../../nbs/trainer/03_batches.ipynb #4e0ca62c
 def negative_names(data: TrainingSet, rows: list[int], epoch: int, config: TrainConfig) -> list[list[str]]:
     "Image ids of each row's negatives in an epoch: drawn from its pool, or borrowed where it has none."
-    borrowed, own = other_targets(data, rows), config.attribute_negatives == "own"
+    borrowed, kinds = other_targets(data, rows), kinds_of(data.dataset)
+    own = config.attribute_negatives == "own"
     if data.negatives is None: return [[name] for name in borrowed]
-    if epoch < config.warmup_epochs: return [[name] * (1 + own * len(VALUES)) for name in borrowed]
+    if epoch < config.warmup_epochs: return [[name] * (1 + own * len(kinds)) for name in borrowed]
     drawn = data.negatives.draw(rows, epoch)
     names = [[name or spare for name in some] for some, spare in zip(drawn, borrowed)]
     if not own: return names
     differing = data.negatives.differing
-    return [some + [differing(row, epoch, attribute) or some[0] for attribute in VALUES]
+    return [some + [differing(row, epoch, attribute) or some[0] for attribute in kinds]
             for some, row in zip(names, rows)]
 
 # %% ../../nbs/trainer/03_batches.ipynb #6acbb1a7

@@ -17,7 +17,7 @@ from ..data.datasets import SPECS, check_categories
 from ..evaluator.protocols import Protocol, protocol_for
 from ..files import read_json
 from ..methods.zoo import TRAIN_FREE
-from .config import ZeroShotConfig, zero_shot_config
+from .config import TrainConfig, ZeroShotConfig, zero_shot_config
 from .runs import Run, finished_runs, is_run, made_from, read_config, runs_folder
 
 # %% ../../nbs/trainer/07_evaluation_config.ipynb #54d86846
@@ -71,13 +71,13 @@ def zero_shot_folder(config: ZeroShotConfig, folder: str = "") -> str:
 
 # %% ../../nbs/trainer/07_evaluation_config.ipynb #aab4afe1
 def without_training(config: EvaluateConfig) -> EvaluateConfig:
-    "The parameters with the folder of an encoder as it is, on the garments if no data set is named."
+    "The parameters with the folder of an encoder as it is, on `TrainConfig`'s data set if none is named."
     if config.method not in TRAIN_FREE:
         raise ValueError(f"method={config.method} cannot be chosen here: a trained method is named by its "
                          f"run_dir, and without training there is {', '.join(TRAIN_FREE)}")
     found = zero_shot_config(config.encoder or "mini", config.query)
     return dataclasses.replace(config, run_dir=zero_shot_folder(found, config.run_dir), encoder=found.encoder,
-                               dataset=config.dataset or "garments")
+                               dataset=config.dataset or TrainConfig.dataset)
 
 # %% ../../nbs/trainer/07_evaluation_config.ipynb #bb041887
 def evaluation_config(values: dict) -> EvaluateConfig:
@@ -90,7 +90,7 @@ def evaluation_config(values: dict) -> EvaluateConfig:
     folder = run_to_evaluate(config.run_dir)
     trained = read_config(folder)
     known = {name: getattr(config, name) or trained.get(name, "") for name in ("dataset", "size")}
-    if trained.get("method") in TRAIN_FREE: known["dataset"] = config.dataset or "garments"
+    if trained.get("method") in TRAIN_FREE: known["dataset"] = config.dataset or TrainConfig.dataset
     trains_on = SPECS[known["dataset"]].trains_on if known["dataset"] in SPECS else ""
     if trained["dataset"] in (known["dataset"], trains_on):
         known["data_root"] = config.data_root or trained.get("data_root", "")  # where the run had its data
@@ -108,7 +108,7 @@ def training_origin(folder: Path) -> dict[str, str]:
     return {"trained_on": config["dataset"], "trained_data": made_from(folder).get("data", "unknown")}
 
 # %% ../../nbs/trainer/07_evaluation_config.ipynb #329e8fe4
-KINDS = {"sample": "GARMENTS SAMPLE", "unknown": "kind of data unknown"}
+KINDS = {"sample": "DRAWN SAMPLE", "unknown": "kind of data unknown"}
 
 def in_words(dataset: str, kind: str, title: str = "") -> str:
     "What data are called: their title, and, where they are not what they are called, what they are."
@@ -121,7 +121,7 @@ def trained_on(folder: Path) -> str:
 
 # %% ../../nbs/trainer/07_evaluation_config.ipynb #bb925186
 def check_kind(folder: Path, dataset: CIRDataset) -> None:
-    "`ValueError` where garments stand in for the very data set that a run had in earnest."
+    "`ValueError` where drawn data stand in for the very data set that a run had in earnest."
     origin = training_origin(folder)
     if origin["trained_on"] != dataset.name or dataset.data != "sample": return
     if origin["trained_data"] not in ("real", "custom"): return

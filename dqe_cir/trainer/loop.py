@@ -236,11 +236,11 @@ def fit(method: Method, data: TrainingSet, run: Run, evaluate=None, until: int |
 SMOKE = {"size": "smoke", "epochs": 2, "batch_size": 16}
 
 def smoke_run(**changes) -> Path:
-    "The folder of a run on the small garments, trained on the spot: two epochs, or with other parameters."
+    "The folder of a run on small drawn data, trained on the spot: two epochs, or with other parameters."
     run = open_run(train_config({**SMOKE, "evaluate_every": 0, **changes}), temporary=True)
-    dataset = load_dataset(run.config.dataset, split="train", size=run.config.size,
-                           categories=run.config.categories)
-    method = build_method(run.config)
-    tokens = cache_tokens(method.encoder, dataset, progress=False, on=run.config.tokens_on)
-    fit(method, training_set(run.config, dataset, tokens), run)
+    config = run.config
+    dataset = load_dataset(config.dataset, config.data_root or None, "train", config.size, config.categories)
+    method = build_method(config)
+    tokens = cache_tokens(method.encoder, dataset, progress=False, on=config.tokens_on)
+    fit(method, training_set(config, dataset, tokens), run)
     return run.folder

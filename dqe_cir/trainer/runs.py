@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['WHERE', 'ELSEWHERE', 'MADE_FROM', 'CAME_FROM', 'MEANING', 'AGAIN', 'CONTENT', 'differences', 'Run', 'read_config',
            'digest', 'data_fingerprint', 'differing', 'aside', 'made_from', 'is_run', 'finished_runs',
-           'finished_record', 'runs_folder', 'free_folder', 'open_run', 'check_place', 'trained_state', 'load_state',
-           'word_lists', 'save_weights', 'read_weights', 'identity', 'check_identity', 'optimizer_tensors',
-           'load_optimizer', 'save_checkpoint', 'checkpoint_header', 'load_pools', 'load_checkpoint', 'build_method',
-           'selection', 'best_path', 'keep_checkpoint', 'load_best', 'config_of_run', 'encoder_place',
-           'trained_weights', 'load_run']
+           'finished_record', 'shipped_models', 'runs_folder', 'free_folder', 'open_run', 'check_place',
+           'trained_state', 'load_state', 'word_lists', 'save_weights', 'read_weights', 'identity', 'check_identity',
+           'optimizer_tensors', 'load_optimizer', 'save_checkpoint', 'checkpoint_header', 'load_pools',
+           'load_checkpoint', 'build_method', 'selection', 'best_path', 'keep_checkpoint', 'load_best', 'config_of_run',
+           'encoder_place', 'trained_weights', 'load_run']
 
 # %% ../../nbs/trainer/05_runs.ipynb #3954029a
 import dataclasses, errno, hashlib, json, os, tempfile
@@ -23,6 +23,7 @@ from ..attributes import lexicon_record
 from ..core import checked, checkout, generator, resolve_device
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS
+from ..encoder.blip2 import MINI
 from ..files import DataError, append_jsonl, owned, parse_json, read_json, read_jsonl, read_tensors
 from ..files import writable, write_json, write_tensors, write_text
 from ..methods.base import Method
@@ -85,7 +86,7 @@ def digest(value) -> str:
 
 # %% ../../nbs/trainer/05_runs.ipynb #23664c5d
 def data_fingerprint(dataset: CIRDataset) -> dict[str, str]:
-    """What a split is: its kind (real, custom, garments or sample), digests of its annotations and of its
+    """What a split is: its kind (real, custom, sample, a drawn world), digests of its annotations and of its
     list of pictures, and what it is called. Where the files lie does not count."""
     rows = [(t.reference, t.target, t.captions, t.category, t.subset, sorted(t.positives))
             for t in dataset.triplets]
@@ -191,6 +192,12 @@ def finished_record(run: Run) -> dict:
     "The `results.json` of a run that was finished before; empty for one that is still to be trained."
     path = run.folder / "results.json"
     return read_json(path, "restore it, or delete it", dict) if run.finished and path.exists() else {}
+
+# %% ../../nbs/trainer/05_runs.ipynb #785f6a0a
+def shipped_models() -> dict[str, Path]:
+    "The folders of the models that ship, by the drawn data set of each."
+    folders = {name: MINI.parent / name for name, spec in SPECS.items() if spec.drawn}
+    return {name: folder for name, folder in folders.items() if is_run(folder)}
 
 # %% ../../nbs/trainer/05_runs.ipynb #ba8fdacf
 def runs_folder() -> Path:

@@ -9,23 +9,22 @@ __all__ = ['source_folder', 'check_start', 'changes', 'start_lines', 'origin_of'
 import dataclasses
 from pathlib import Path
 
-from ..encoder.blip2 import MINI
 from ..encoder.tokens import content_key
 from ..files import read_tensors, read_text, write_text
 from ..methods.base import Method
 from ..methods.zoo import TRAIN_FREE
 from .config import TrainConfig
 from .runs import AGAIN, CAME_FROM, ELSEWHERE, Run, aside, check_identity, is_run, load_state
-from .runs import made_from, read_config
+from .runs import made_from, read_config, shipped_models
 
 # %% ../../nbs/trainer/05_start.ipynb #9eeabb4f
 def source_folder(source: str) -> Path:
     "The folder that `start_from` names; `ValueError` for one without a finished model."
-    shipped = source == "garments" and not Path(source).exists()
-    folder = MINI.parent / source if shipped else Path(source)
+    ships = shipped_models()
+    folder = ships[source] if source in ships and not Path(source).exists() else Path(source)
     if not is_run(folder):
         raise ValueError(f"start_from={source} is no run and no exported model: name a folder that holds "
-                         "config.json and model.safetensors, or garments for the model that ships")
+                         f"config.json and model.safetensors, or one that ships ({', '.join(ships)})")
     if read_config(folder)["method"] in TRAIN_FREE:
         raise ValueError(f"start_from={source} is an encoder as it is, and nothing was trained there: "
                          "leave start_from out, and give -p encoder with its encoder")
