@@ -104,7 +104,7 @@ EXAMPLES = {
 }
 MODEL = ("a run, an exported folder, garments for what ships, or zero_shot for an encoder as it is; "
          "without it the newest run under runs/")
-ENCODER = "where the model's encoder lies, if it has moved; of zero_shot: a hub id or a folder, mini without it"
+ENCODER = "where the model's encoder lies, if it has moved; of zero_shot a hub id or folder, mini without it"
 
 def new_command(commands, name: str, told: str) -> argparse.ArgumentParser:
     "A command with its help and its example."
