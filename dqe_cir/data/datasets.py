@@ -18,7 +18,9 @@ from .custom import CUSTOM
 from .fashioniq import FASHIONIQ
 from .garments.reader import GARMENTS
 from .hp_fashioniq import HP_FASHIONIQ
+from .icir import ICIR
 from .pictures import PICTURE_SUFFIXES
+from .pinpoint import PINPOINT
 from ..files import DataError
 
 # %% ../../nbs/data/09_datasets.ipynb #279c123f
@@ -29,6 +31,8 @@ SPECS: dict[str, DatasetSpec] = {spec.name: spec for spec in (
     HP_FASHIONIQ,
     GARMENTS,
     CUSTOM,
+    ICIR,
+    PINPOINT,
 )}
 
 # %% ../../nbs/data/09_datasets.ipynb #7e04aac6
@@ -96,6 +100,7 @@ def check_categories(spec: DatasetSpec, categories: str) -> None:
     raise ValueError(f"categories={categories} is not read with dataset {spec.name}: leave it out "
                      f"({able} read it)")
 
+# %% ../../nbs/data/09_datasets.ipynb #026c6695
 def read_split(spec: DatasetSpec, root: Path | str, split: str, categories: str = "") -> CIRDataset:
     "A split below a root, complete or not; of `categories` such as `dress,shirt`; all if empty or `all`."
     check_categories(spec, categories)

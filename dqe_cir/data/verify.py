@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .base import CIRDataset
+from .copies import add_command, brought
 from .datasets import SPECS, odd_files, read_split
 from .pictures import open_image
 from ..files import DataError, regular
@@ -71,13 +72,14 @@ class ImageReport:
 # %% ../../nbs/data/10_verify.ipynb #451f5efa
 def verify_images(dataset: CIRDataset, progress: bool = True) -> ImageReport:
     "Open every picture of a data set; report all that are missing or unreadable."
-    present = {name: dataset.files[name] for name in dataset.gallery if name in dataset.files}
-    missing = [name for name in dataset.gallery if name not in present]
+    wanted = list(dict.fromkeys([*dataset.gallery, *(triplet.reference for triplet in dataset.triplets)]))
+    present = {name: dataset.files[name] for name in wanted if name in dataset.files}
+    missing = [name for name in wanted if name not in present]
     with ThreadPoolExecutor(4) as pool:
         looks = pool.map(picture_problem, present.values())
         looks = list(Progress(looks, total=len(present), desc="verifying", disable=not progress))
     unreadable = {name: problem for name, problem in zip(present, looks) if problem}
-    return ImageReport(len(dataset.gallery), missing, unreadable)
+    return ImageReport(len(wanted), missing, unreadable)
 
 # %% ../../nbs/data/10_verify.ipynb #39e3776c
 def verify(dataset: str, root: str, split: str, categories: str = "") -> bool:
@@ -96,10 +98,12 @@ def verify(dataset: str, root: str, split: str, categories: str = "") -> bool:
 # %% ../../nbs/data/10_verify.ipynb #b24f053d
 def main(arguments: list[str] | None = None) -> int:
     """`python -m dqe_cir.data verify --dataset NAME --root DIR [--split SPLIT ...] [--categories NAMES]`: 0
-    if the counts are the published ones and every picture is readable."""
+    if the counts are the published ones and every picture is readable. `bring` is told on its page."""
     parser = argparse.ArgumentParser(prog="python -m dqe_cir.data")
+    commands = parser.add_subparsers(dest="command", required=True)
     about = "compare the counts with the published ones and open every picture"
-    verifier = parser.add_subparsers(required=True).add_parser("verify", help=about)
+    verifier = commands.add_parser("verify", help=about)
+    add_command(commands)
     known = [spec.name for spec in SPECS.values() if spec.load]
     verifier.add_argument("--dataset", choices=known, required=True)
     verifier.add_argument("--root", required=True)
@@ -107,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     verifier.add_argument("--split", nargs="+", help=every)
     verifier.add_argument("--categories", default="", help="such as dress,shirt; default: all that are there")
     chosen = parser.parse_args(arguments)
+    if chosen.command == "bring": return brought(chosen)
     splits = chosen.split or SPECS[chosen.dataset].splits
     healthy = [verify(chosen.dataset, chosen.root, split, chosen.categories) for split in splits]
     return 0 if all(healthy) else 1
