@@ -438,6 +438,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                           'dqe_cir/encoder/blip2.py'),
                                        'dqe_cir.encoder.blip2.Blip2Encoder.image_tokens': ( 'encoder/blip2.html#blip2encoder.image_tokens',
                                                                                             'dqe_cir/encoder/blip2.py'),
+                                       'dqe_cir.encoder.blip2.Blip2Encoder.pieces': ( 'encoder/blip2.html#blip2encoder.pieces',
+                                                                                      'dqe_cir/encoder/blip2.py'),
                                        'dqe_cir.encoder.blip2.Blip2Encoder.token_shape': ( 'encoder/blip2.html#blip2encoder.token_shape',
                                                                                            'dqe_cir/encoder/blip2.py'),
                                        'dqe_cir.encoder.blip2.Blip2Encoder.tokenize': ( 'encoder/blip2.html#blip2encoder.tokenize',
