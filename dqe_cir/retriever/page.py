@@ -67,7 +67,8 @@ class SearchPage:
         self.session: Session | None = None  # none before a gallery is open
         self.text, self.status, self.bad, self.progress = Said(), Said(), False, None
         self.gallery, self.folder, self.place, self.opened = "", "", "", ""
-        self.written = self.begun = self.answered = 0  # texts put into the field; the last request, the last answer
+        self.written = 0  # texts put into the field
+        self.begun = self.answered = 0  # the numbers of requests
         self.numbers, self.things = {}, []  # what the browser knows by number: ids, and pictures made for it
         self.why, self.shelf, self.log = None, None, []
         self.arriving = bytearray()  # of an upload
