@@ -75,7 +75,7 @@ class Shelf:
 
     def __init__(self, folder: Path):
         self.folder, self.held = Path(folder), files_by_stem(Path(folder))
-        self.counts = {"written": 0, "already there": 0, "no picture": 0}
+        self.counts = {"written": 0, "already there": 0, "no picture": 0, "queries left out": 0}
 
     def put(self, name: str, content: bytes, where: str) -> str:
         "Write a picture, or keep the one that is there; its name, empty for what is no picture."
@@ -165,12 +165,15 @@ def query_rows(rows, right: dict, same: dict, shelf: Shelf, where: str) -> Itera
     for number, row in enumerate(rows, 1):
         answers = [name for name in right.get(str(row["id"]), ()) if name in shelf.held]
         content, spot = content_of(row["image"]), f"{where}, query row {number}"
-        if not answers or not (row["text"] or "").strip(): continue
-        alike = same.get(hashlib.blake2b(content).digest(), [])
-        name = next((name for name in alike if name not in answers), "")
-        name = name or shelf.put(f"query-{row['id']}", content, spot)
-        if not name: continue
-        said = {"reference": name, "text": row["text"].strip(), "target": answers[0]}
+        text, name = (row["text"] or "").strip(), ""
+        if answers and text:
+            alike = same.get(hashlib.blake2b(content).digest(), [])
+            name = next((name for name in alike if name not in answers), "")
+            name = name or shelf.put(f"query-{row['id']}", content, spot)
+        if not name:
+            shelf.counts["queries left out"] += 1
+            continue
+        said = {"reference": name, "text": text, "target": answers[0]}
         yield said | {"split": "val", "positives": answers}
 
 # %% ../../nbs/data/08_copies.ipynb #49415cf8
