@@ -96,13 +96,14 @@ clean: ## remove .venv, the built site and every cache; data/ and runs/ stay
 ifneq "$(shell $(BIN)/python -c '' 2>/dev/null && cat $(INSTALLED) 2>/dev/null)" "$(CURDIR)"
 $(INSTALLED): FORCE
 endif
-$(INSTALLED): requirements.txt constraints.txt settings.ini setup.py
+$(INSTALLED): requirements.txt constraints.txt settings.ini setup.py docs/jupyter_nbconvert_config.py
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with venv was found; name one: make PYTHON=/path/to/python"; exit 1; }
 	@if test -e $(UNFINISHED) || { test -e $@ && test "$$(cat $@)" != "$(CURDIR)"; }; then rm -rf .venv; fi
 	@mkdir -p .cache && touch $(UNFINISHED)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install -r requirements.txt -c constraints.txt
 	$(BIN)/python -m pip install --no-deps -e .
+	@mkdir -p .venv/etc/jupyter && cp docs/jupyter_nbconvert_config.py .venv/etc/jupyter/
 	@echo "$(CURDIR)" > $@ && rm $(UNFINISHED)
 
 # torch is left out of the pins because its builds, and what they need, differ by machine.

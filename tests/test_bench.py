@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helpers import ROOT
+from step_seconds import CASES, Listed, products_of
 
 from dqe_cir.studies import bench, bench_gpu
 
@@ -85,6 +86,7 @@ def test_measurement_on_a_device_at_tiny_size():
     tower = found["towers"]["mini"]
     assert found["projected"] is False and [pace["batch"] for pace in tower["steps"]] == [4]
     assert set(tower["run"]["seconds"]) == {"loading", "encoding", "steps", "refreshes", "evaluations"}
+    assert all(set(spent) == {"seconds", "CPU seconds", "GiB"} for spent in tower["rehearsal"].values())
     assert "measured" in bench_gpu.run_table(found).data and "PROJECTED" not in bench_gpu.run_table(found).data
 
 
@@ -94,6 +96,31 @@ def test_committed_records():
     for name, projected in (("bench-gpu", False), ("bench-gpu-projected", True)):
         found = json.loads((ROOT / "data" / "results" / f"{name}.json").read_text())
         assert set(found["towers"]) == {"mini", "vit_l", "vit_g"} and found["projected"] is projected
+
+
+def test_a_whole_run_at_real_size_was_measured_on_a_processor():
+    found = json.loads((ROOT / "data" / "results" / "rehearsal.json").read_text())
+    assert found["command"] == 'make bench-gpu ARGS="--encoders mini --device cpu"' and not found["projected"] and found["share"] == 1
+    told = found["towers"]["mini"]["rehearsal"]
+    assert set(told) == {"writing", "loading", "encoding", "steps", "refreshes", "evaluations"}
+    assert max(spent["GiB"] for spent in told.values()) < 6 and ABOUT <= set(found["environment"])
+
+
+def test_steps_were_measured_beside_their_products():
+    found = json.loads((ROOT / "data" / "results" / "step-seconds.json").read_text())
+    assert [row["case"] for row in found["rows"]] == [*CASES] and ABOUT <= set(found["environment"])
+    for row in found["rows"]:
+        for kind in ("cached", "pictures in"): assert row[kind]["floor"] < row[kind]["products"] < row[kind]["seconds"]
+        assert row["cached"]["flop"] < row["pictures in"]["flop"]
+
+
+def test_products_are_taken_again_in_their_shapes():
+    one, other = torch.randn(3, 4), torch.randn(5, 4)
+    work = lambda: torch.addmm(torch.zeros(5), one @ torch.eye(4), other.T)
+    again = products_of(work)
+    with Listed() as listed: again()
+    assert [[shape for shape, _ in operands] for _, operands in listed.found] == [[(3, 4), (4, 4)], [(5,), (3, 4), (4, 5)]]
+    assert bench.count_flop(again) == bench.count_flop(work) == 2 * 3 * 4 * 4 + 2 * 3 * 4 * 5
 
 
 def test_figures_of_the_performance_page_are_those_of_the_records():

@@ -287,14 +287,14 @@ def test_a_folder_of_ones_own(lab, mixed_folder):
     lab.page.get_by_label("Gallery").select_option("a folder of your own pictures"); lab.answered()
     box = lab.page.get_by_placeholder("path of a folder")
     box.fill(str(folder)); box.press("Enter")
-    lab.until(lambda: "opening" not in lab.status, "an opened folder", 60)
     lab.answered(60)
     assert f"{len(good)} pictures" in lab.status and f"{len(bad)} unreadable" in lab.status
     lab.search("is red")
     assert len(lab.ids) == 10 and set(lab.ids) < good
     assert all(picture.getextrema() != ((0, 0),) * 3 for picture in lab.pictures())
     lab.shot("6-lab-own-folder")
-    lab.page.get_by_label("Gallery").select_option("garments"); lab.answered()
+    lab.page.get_by_label("Gallery").select_option("garments"); lab.answered(60)
+    assert "2,100 pictures, index as shipped" in lab.status
 
 
 @pytest.mark.parametrize("width", WIDTHS)

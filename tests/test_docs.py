@@ -229,3 +229,18 @@ def test_a_folder_of_somebody_else_is_left_alone(small, tmp_path):
     write(tmp_path / "mine", {"letter.txt": "Dear"})
     with pytest.raises(SystemExit, match="is no site made by this script"): build.Site(small).write(tmp_path / "mine")
     assert (tmp_path / "mine" / "letter.txt").read_text() == "Dear"
+
+
+# ---- a notebook as a page of its own
+
+@pytest.mark.parametrize("name", ["evidence", "results", "studies/02_leaderboard"])
+def test_a_notebook_prints_as_it_is_read(name, tmp_path):
+    "`jupyter nbconvert --to html` with the settings that the Makefile installs: no empty prompts, nothing that is hidden."
+    command = [sys.executable, "-m", "nbconvert", "--to", "html", str(ROOT / "nbs" / f"{name}.ipynb"), "--output-dir", str(tmp_path)]
+    settings = ["--config", str(ROOT / "docs" / "jupyter_nbconvert_config.py")]
+    subprocess.run([*command, *settings], check=True, capture_output=True, timeout=300)
+    page, notebook = next(tmp_path.iterdir()).read_text(encoding="utf-8"), nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    hidden = [cell for cell in code if re.search(r"^#\| (hide|default_exp)\b", cell.source, re.M)]
+    assert page.count('<div class="jp-Cell jp-CodeCell') == len(code) - len(hidden)
+    assert "In&nbsp;[" not in page and "In [" not in page and "#|" not in page

@@ -124,6 +124,30 @@ def test_the_card_is_read_by_the_hubs_library(trained, shared):
     assert found.dataset_split == "val" and "encoder=PLACE" in card.text and "-p encoder PLACE" in card.text
 
 
+def test_the_card_goes_through_the_librarys_own_validation(monkeypatch):
+    "Its strict reading here, and, through the boundary of the network, the question that it puts to the hub before a push: the very card, with figures that come back as they went."
+    import httpx
+    from huggingface_hub import ModelCardData, repocard
+    from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+    from dqe_cir.retriever.share import model_card
+    text, asked = model_card(Retriever.load("garments", "cpu")), []
+
+    class Session:
+        def post(self, url, json, headers):
+            asked.append((url, json))
+            return httpx.Response(200, request=httpx.Request("POST", url))
+
+    monkeypatch.setattr(repocard, "get_session", Session)
+    card = ModelCard(text, ignore_metadata_errors=False)
+    card.validate()
+    [(url, sent)] = asked
+    assert url.endswith("/api/validate-yaml") and sent == {"repoType": "model", "content": text}
+    told = ModelCardData(**card.data.to_dict(), ignore_metadata_errors=False)
+    assert told.to_dict() == card.data.to_dict() and told.eval_results == card.data.eval_results
+    index = eval_results_to_model_index(card.data.model_name, card.data.eval_results)
+    assert model_index_to_eval_results(index) == (card.data.model_name, card.data.eval_results) and len(card.data.eval_results) >= 4
+
+
 @pytest.mark.parametrize("name, base", [("owner/model", ["owner/model"]), ("owner/resnet+owner/roberta", ["owner/resnet", "owner/roberta"]), ("mini", None)])
 def test_a_hub_id_is_kept_and_named_as_base_model(name, base):
     shipped = Retriever.load("garments", "cpu")

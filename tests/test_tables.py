@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from helpers import ROOT
 
 from dqe_cir.core import DataError, write_json
+from dqe_cir.files import read_json
 from dqe_cir.methods import METHODS
+from dqe_cir.methods.zoo import TRAIN_FREE
 from dqe_cir.studies.tables import FIELDS, averages, benchmarks, by_system, disagreements, latest, method_name, needs
 from dqe_cir.studies.tables import not_run, printed_cells, read_figures, read_runs, side_by_side, verdict
 from dqe_cir.trainer import train_config
@@ -166,10 +168,19 @@ def test_uneven_annotators_are_another_benchmark(tmp_path):
     assert len(runs) == 2 and not left_out and not latest(runs, "sprc", "garments")
 
 
+@pytest.mark.parametrize("query, point", [("image", "image only"), ("text", "text only"), ("sum", "late fusion")])
+def test_zero_shot_records_are_the_reference_points_of_a_run(query, point):
+    "Two ways to the same figures: an encoder as it is, evaluated for itself, and the reference points that a training run keeps."
+    alone = read_json(ROOT / "data/results" / f"garments-zero_shot-{query}.json")
+    beside = read_json(ROOT / "data/results/garments-info_nce-seed0.json")["reference_points"][point]
+    for name in ("R@1", "R@10", "R@50", "mAP", "top-1 valid"): assert alone["metrics"][name] == pytest.approx(beside[name], abs=1e-3)
+    assert alone["encoder"] == "mini" and alone["query"] == query and len(alone["environment"]["commit"]) == 12, "made from a clean commit"
+
+
 def test_every_committed_record_is_read():
     runs, left_out = read_runs(ROOT / "data" / "results")
     known = {path.name for path in (ROOT / "data" / "results").glob("*.json")}
-    assert left_out.keys() < known and {r["method"] for r in runs} <= METHODS.keys() and all(math.isfinite(r["metrics"]["R@10"]) for r in runs)
+    assert left_out.keys() < known and {r["method"] for r in runs} <= {*METHODS, *TRAIN_FREE} and all(math.isfinite(r["metrics"]["R@10"]) for r in runs)
     assert latest(runs, "info_nce", "garments")
 
 

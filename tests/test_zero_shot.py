@@ -16,8 +16,8 @@ from dqe_cir.encoder.native.base import random_model, tokenizer_of
 from dqe_cir.evaluator import evaluate
 from dqe_cir.files import DataError, read_json
 from dqe_cir.methods.zero_shot import QUERIES, ZeroShot
-from dqe_cir.retriever import Retriever, SearchConfig, SearchPage
-from dqe_cir.retriever.session import open_model
+from dqe_cir.retriever import Retriever, SearchPage
+from dqe_cir.retriever.commands import main
 from dqe_cir.trainer import load_run
 from dqe_cir.trainer.config import zero_shot_config
 from dqe_cir.trainer.evaluation_config import evaluation_config
@@ -156,10 +156,41 @@ def test_own_photographs_are_searched_without_training(names, tmp_path):
 
 
 def test_the_page_opens_with_it(names, home):
-    retriever = open_model(SearchConfig(model="zero_shot", encoder=names["clip"]))
+    retriever = Retriever.load("zero_shot", encoder=names["clip"])
     page = SearchPage(retriever, size="smoke")
     page.open("garments")
     assert "zero_shot, query: sum)" in page.status.value and retriever.lessons is None
+
+
+def searched_at_the_terminal(encoder, place, capsys, monkeypatch):
+    "What `dqe-cir search --model zero_shot` prints as JSON for red, which is to be blue; everything is kept below `place`."
+    monkeypatch.setenv("DQE_CIR_DATA", str(place / "data"))
+    folder = pictures(place / "photos")
+    status = main(["search", str(folder), "--model", "zero_shot", "--encoder", encoder, "--reference", str(folder / "red.png"), "--text", "is blue", "--json"])
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    assert f"{encoder.rpartition('/')[2]}, without training" in said.err
+    return {row["id"] for row in json.loads(said.out)}
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_the_terminal_searches_with_it(names, name, tmp_path, capsys, monkeypatch):
+    assert searched_at_the_terminal(names[name], tmp_path, capsys, monkeypatch) == {"blue.png", "green.png"}
+
+
+def test_the_search_notebook_takes_it(names, tmp_path):
+    folder = pictures(tmp_path / "photos")
+    done = papermill("nbs/search.ipynb", tmp_path / "out.ipynb", ("model", "zero_shot"), ("encoder", names["clip"]), ("gallery", folder), DQE_CIR_DATA=str(tmp_path / "data"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "zero_shot, query: sum" in (tmp_path / "out.ipynb").read_text()
+
+
+def test_an_encoder_that_is_not_there_is_one_line_at_the_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DQE_CIR_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["search", str(pictures(tmp_path / "photos")), "--model", "zero_shot", "--encoder", "nobody/nothing", "--reference", "red.png", "--text", "is blue"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "nobody/nothing" in said[0]
 
 
 def test_it_is_saved_and_named_by_content(names, tmp_path):
@@ -198,6 +229,10 @@ def test_a_model_of_sentence_transformers_is_evaluated_and_searched(sentences, v
     page = SearchPage(retriever, size="smoke")
     page.open("garments")
     assert "zero_shot, query: joint)" in page.status.value
+
+
+def test_the_terminal_searches_with_a_model_of_sentence_transformers(sentences, tmp_path, capsys, monkeypatch):
+    assert searched_at_the_terminal(sentences, tmp_path, capsys, monkeypatch) == {"blue.png", "green.png"}
 
 
 def test_the_fingerprint_of_a_model_of_sentence_transformers_lasts(sentences):

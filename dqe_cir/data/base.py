@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'ANNOTATED', 'NAME', 'TRUTHS', 'Triplet', 'CIRDataset', 'DatasetSpec', 'DrawnWorld', 'names_in',
-           'folders_below', 'lies_elsewhere', 'read_json', 'told', 'unique', 'read_rows', 'image_name', 'split_names',
-           'known', 'number', 'linked', 'groups_aside', 'appeal', 'uneven_targets', 'origin']
+           'folders_below', 'lies_elsewhere', 'read_json', 'told', 'unique', 'read_rows', 'parquet_rows', 'image_name',
+           'split_names', 'known', 'number', 'linked', 'groups_aside', 'appeal', 'uneven_targets', 'origin']
 
 # %% ../../nbs/data/03_base.ipynb #7a1ce2ac
-import dataclasses, hashlib, os, re
+import dataclasses, hashlib, io, os, re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,7 +31,8 @@ class Triplet:
     subset: tuple[str, ...] = ()  # CIRR: the six images of the group, the reference among them
     pair_id: str | None = None
     positives: frozenset[str] = frozenset()
-    aspects: tuple[str, ...] = ()  # CIRCO: what kinds of change the request asks for
+    aspects: tuple[str, ...] = ()  # CIRCO, PinPoint: what kinds of change the request asks for
+    negatives: frozenset[str] = frozenset()  # PinPoint: pictures that people marked as wrong answers
 
 # %% ../../nbs/data/03_base.ipynb #b22f2cc1
 @dataclass
@@ -43,7 +44,7 @@ class CIRDataset:
     galleries: dict[str, list[str]]  # category (or "all") to image ids
     root: Path
     files: dict[str, Path] = field(default_factory=dict, repr=False)  # image id to file, where there is one
-    data: str = "real"  # real, custom (one's own), a drawn world by its name, or sample: one in another's layout
+    data: str = "real"  # real, custom (one's own), sample (drawn in another's layout), or a drawn world
     title: str = field(default="", repr=False)  # in tables and records; empty: the name
     note: str = field(default="", repr=False)  # what its reader decided, in one line
     # known of drawn data alone: what images show, all right answers by pair id, what each query asks for
@@ -65,7 +66,8 @@ class CIRDataset:
 @patch(as_prop=True)
 def used(self: CIRDataset) -> list[str]:
     "Ids of the images that training or evaluating looks at, in a fixed order."
-    if not self.unused_images: return self.gallery
+    if not self.unused_images:
+        return list(dict.fromkeys([*self.gallery, *(triplet.reference for triplet in self.triplets)]))
     return sorted({name for triplet in self.triplets for name in (triplet.reference, triplet.target)})
 
 # %% ../../nbs/data/03_base.ipynb #e81e3072
@@ -91,7 +93,6 @@ class DatasetSpec:
     get: str  # what to do when a file is missing
     load: Callable | None = None  # (root, split) to `CIRDataset`; None: read by a function of its own
     licence: str = ""  # what to know before trained weights are passed on
-    # ---- files
     folder: str = "images"  # of the pictures, below the root
     splits: tuple[str, ...] = ("train", "val")  # what training, evaluation and submission need
     published: dict = field(default_factory=dict)  # split to gallery to (triplets, images)
@@ -111,6 +112,7 @@ class DatasetSpec:
     averaged: bool = False  # over categories
     subsets: bool = False  # each query has a group of its own to rank
     lists: tuple[int, ...] = ()  # k of average precision in the first k
+    unmarked: bool = False  # several answers are right and none of them is marked as the target
     mean: tuple[str, ...] = ()  # what the field averages to one number
     measure: str = "mean"  # the one number that chooses between epochs
     # ---- training
@@ -129,7 +131,7 @@ SIZES = ("full", "smoke")  # that every world is drawn in
 
 @dataclass(frozen=True)
 class DrawnWorld:
-    "What a data set that is drawn here can do beyond being read; everybody asks it here, and none by its name."
+    "What a data set that is drawn here can do beyond being read; everybody asks it here, none by its name."
     make: Callable  # (size=) to the root that `load` reads: all of it, drawn if it is not there
     root: Callable  # (size) to the name of that folder below the data folder
     write_texts: Callable  # (folder, size): what `load` reads, without a picture
@@ -205,6 +207,20 @@ def read_rows(path: Path, get: str) -> list[dict]:
         if isinstance(row, dict): continue
         raise DataError(f"{path}, row {i} must be an object with named fields: get the file again")
     return rows
+
+# %% ../../nbs/data/03_base.ipynb #41554a30
+def parquet_rows(path: Path, get: str, otherwise: str = "") -> list[dict]:
+    "The rows of a Parquet file, each by column; `DataError` for another file, and where pyarrow is missing."
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table
+    except ImportError:
+        raise DataError(f"{path} needs pyarrow: pip install dqe-cir[parquet]{otherwise}") from None
+    if not os.path.lexists(path): raise DataError(f"{path} is missing{lies_elsewhere(path)}: {get}")
+    try:
+        return read_table(io.BytesIO(files.read_bytes(path, get))).to_pylist()
+    except ArrowException as problem:
+        raise DataError(f"{path} is no Parquet file ({str(problem)[:100]}): write it again") from None
 
 # %% ../../nbs/data/03_base.ipynb #af9f8cbd
 NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'OPTIONAL', 'SPLITS', 'ASK', 'READERS', 'HELD_BACK', 'CUSTOM', 'csv_rows', 'row_cells', 'jsonl_rows',
-           'parquet_rows', 'table_of', 'pictures_below', 'picture_named', 'advice_on', 'Row', 'cell_text', 'cell_list',
+           'table_rows', 'table_of', 'pictures_below', 'picture_named', 'advice_on', 'Row', 'cell_text', 'cell_list',
            'read_row', 'check_columns', 'check_rows', 'rows_aside', 'with_splits', 'galleries_of', 'remarks',
            'read_table', 'custom_triplet', 'only', 'load_custom']
 
@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from ..core import generator
-from .base import CIRDataset, DatasetSpec, Triplet, groups_aside, linked, names_in, told
+from .base import CIRDataset, DatasetSpec, Triplet, groups_aside, linked, names_in
+from .base import parquet_rows, told
 from .captions import is_blank
 from .fashioniq import with_shared_answers
 from .pictures import PICTURE_SUFFIXES, files_by_stem
@@ -67,21 +68,12 @@ def jsonl_rows(path: Path) -> list[tuple[int, dict]]:
     return rows
 
 # %% ../../nbs/data/07_custom.ipynb #009ddd25
-def parquet_rows(path: Path) -> list[tuple[int, dict]]:
+def table_rows(path: Path) -> list[tuple[int, dict]]:
     "Number, from 1, and values of every row of a Parquet file."
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
-    except ImportError:
-        advice = "pip install dqe-cir[parquet], or save it as triplets.csv"
-        raise DataError(f"{path} needs pyarrow: {advice}") from None
-    try:
-        return list(enumerate(read_table(io.BytesIO(read_bytes(path, ASK))).to_pylist(), 1))
-    except ArrowException as problem:
-        raise DataError(f"{path} is no Parquet file ({str(problem)[:100]}): write it again") from None
+    return list(enumerate(parquet_rows(path, ASK, ", or save it as triplets.csv"), 1))
 
 # %% ../../nbs/data/07_custom.ipynb #2a742849
-READERS = {"triplets.csv": csv_rows, "triplets.jsonl": jsonl_rows, "triplets.parquet": parquet_rows}
+READERS = {"triplets.csv": csv_rows, "triplets.jsonl": jsonl_rows, "triplets.parquet": table_rows}
 
 def table_of(root: Path) -> Path:
     "The one table of a root; `DataError` where there is none, or more than one."

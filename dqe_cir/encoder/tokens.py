@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUIET', 'NOTES', 'ROOM', 'BLOCK', 'STRUCK', 'HEAD', 'stored_type', 'image_paths', 'content_key', 'mark', 'settled',
            'read_notes', 'write_notes', 'noteworthy', 'content_keys', 'store_key', 'TokenStore', 'hold', 'StoredRows',
-           'load_pixels', 'encoded_batches', 'encode', 'open_store', 'describe', 'refuse', 'announced', 'waiting_for',
-           'cache_tokens', 'already_stored', 'stores', 'remove', 'main']
+           'load_pixels', 'whole_tokens', 'encoded_batches', 'encode', 'open_store', 'describe', 'refuse', 'announced',
+           'waiting_for', 'cache_tokens', 'already_stored', 'stores', 'remove', 'main']
 
 # %% ../../nbs/encoder/03_tokens.ipynb #16f8cfbb
 import argparse, contextlib, fcntl, hashlib, itertools, math, os, re
@@ -305,6 +305,14 @@ def load_pixels(encoder: Blip2Encoder, path: Path, key: bytes) -> Tensor | str:
         return said if str(path) in said else f"{path} cannot be read ({said}): get the picture again"
     return pixels
 
+# %% ../../nbs/encoder/03_tokens.ipynb #45cf9341
+def whole_tokens(encoder: Blip2Encoder, pixels: Tensor) -> np.ndarray:
+    "Tokens float32 (b,P,W) of pixels (b,3,S,S), whatever precision of products was chosen for the process."
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try: return encoder.image_tokens(pixels).float().cpu().numpy()
+    finally: torch.set_float32_matmul_precision(usual)
+
 # %% ../../nbs/encoder/03_tokens.ipynb #4cc32feb
 def encoded_batches(encoder: Blip2Encoder, paths: dict[bytes, Path], batch_size: int,
                     progress: bool) -> Iterator[tuple[list[bytes], np.ndarray | None, dict[bytes, str]]]:
@@ -319,7 +327,7 @@ def encoded_batches(encoder: Blip2Encoder, paths: dict[bytes, Path], batch_size:
             wrong = {key: said for key, said in read.items() if isinstance(said, str)}
             good = [key for key in read if key not in wrong]
             pixels = torch.stack([read[key] for key in good]) if good else None
-            yield good, encoder.image_tokens(pixels).float().cpu().numpy() if good else None, wrong
+            yield good, whole_tokens(encoder, pixels) if good else None, wrong
 
 # %% ../../nbs/encoder/03_tokens.ipynb #43cca545
 @torch.no_grad()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'GalleryScores', 'gallery_rows', 'encode_gallery', 'encode_queries', 'score_dataset', 'reference_positions',
-           'target_ranks', 'members_only', 'best_positions', 'best_images', 'relevance', 'list_precision', 'kinds_of',
-           'top1_attributes', 'group_ranks', 'query_measures', 'summarise', 'Evaluation', 'check_scores', 'tied',
-           'pessimistic', 'told_apart', 'evaluate_scores', 'breakdown', 'columns_of', 'by_part', 'has_answers',
-           'check_answers', 'evaluate']
+           'target_ranks', 'members_only', 'best_positions', 'best_images', 'relevance', 'list_precision',
+           'first_right_ranks', 'marked_wrong', 'wording_spread', 'kinds_of', 'top1_attributes', 'group_ranks',
+           'query_measures', 'summarise', 'Evaluation', 'check_scores', 'tied', 'pessimistic', 'told_apart',
+           'evaluate_scores', 'breakdown', 'columns_of', 'by_part', 'has_answers', 'check_answers', 'evaluate']
 
 # %% ../../nbs/evaluator/02_scoring.ipynb #414be971
 import warnings
@@ -143,6 +143,43 @@ def list_precision(
     best = best_positions(dataset, gallery_scores, max(lists), exclude_reference)
     return {f"ap@{k}": values for k, values in average_precision_at_k(best, right, lists).items()}
 
+# %% ../../nbs/evaluator/02_scoring.ipynb #6facafff
+def first_right_ranks(
+    dataset: CIRDataset, gallery_scores: GalleryScores, exclude_reference: bool = False
+) -> Tensor:
+    "Rank (Q,) int64 of the right answer that comes first; 1 is best."
+    right = relevance(dataset, gallery_scores)
+    first = gallery_scores.scores.masked_fill(~right, -torch.inf).argmax(1)
+    left_out = reference_positions(dataset, gallery_scores) if exclude_reference else None
+    return ranks(gallery_scores.scores, first, left_out)
+
+# %% ../../nbs/evaluator/02_scoring.ipynb #adfb2ed8
+def marked_wrong(
+    dataset: CIRDataset, gallery_scores: GalleryScores, exclude_reference: bool, k: int = 10
+) -> dict[str, Tensor]:
+    "Per query, 0 to 1: `negatives@k` (Q,), and `no-negatives ap@k` (Q,), precision with those taken out."
+    triplets = [dataset.triplets[row] for row in gallery_scores.rows]
+    known = [[name for name in t.negatives if name in gallery_scores.position] for t in triplets]
+    wrong = torch.zeros(gallery_scores.scores.shape, dtype=torch.bool)
+    for row, names in enumerate(known): wrong[row, gallery_scores.positions(sorted(names)).long()] = True
+    best = best_positions(dataset, gallery_scores, k, exclude_reference)
+    possible = torch.tensor([max(1, min(k, len(t.negatives))) for t in triplets])
+    cleared = gallery_scores.scores.masked_fill(wrong, -torch.inf)
+    cleared = GalleryScores(gallery_scores.rows, gallery_scores.gallery, cleared)
+    right = [set(gallery_scores.positions(sorted(t.positives)).tolist()) for t in triplets]
+    clean = average_precision_at_k(best_positions(dataset, cleared, k, exclude_reference), right, (k,))[k]
+    return {f"negatives@{k}": wrong.gather(1, best).sum(1) / possible, f"no-negatives ap@{k}": clean}
+
+# %% ../../nbs/evaluator/02_scoring.ipynb #52c1411d
+def wording_spread(dataset: CIRDataset, top: list[list[str]], k: int = 10) -> float | None:
+    "Mean over questions of the widest difference in precision@k between wordings, in percent; None for none."
+    questions = {}
+    for triplet, found in zip(dataset.triplets, top):
+        hits = len(triplet.positives.intersection(found[:k])) / k
+        questions.setdefault((triplet.reference, triplet.positives), []).append(hits)
+    spreads = [max(hits) - min(hits) for hits in questions.values() if len(hits) > 1]
+    return 100 * sum(spreads) / len(spreads) if spreads else None
+
 # %% ../../nbs/evaluator/02_scoring.ipynb #c00f1eed
 def kinds_of(dataset: CIRDataset) -> dict[str, tuple[str, ...]]:
     "Kind, such as colour or shape, to attributes of images; none where images have no labels of that sort."
@@ -184,9 +221,11 @@ def query_measures(
     """Per-query values (Q,): the target's `rank`, and more where several right answers, labels or groups are
     known."""
     spec = SPECS[dataset.name]
-    measures = {"rank": target_ranks(dataset, gallery_scores, exclude_reference)}
+    rank = first_right_ranks if spec.unmarked else target_ranks
+    measures = {"rank": rank(dataset, gallery_scores, exclude_reference)}
     if spec.lists: measures |= list_precision(dataset, gallery_scores, exclude_reference)
-    several = spec.own and any(len(triplet.positives) > 1 for triplet in dataset.triplets)
+    if dataset.triplets[0].negatives: measures |= marked_wrong(dataset, gallery_scores, exclude_reference)
+    several = spec.unmarked or spec.own and any(len(triplet.positives) > 1 for triplet in dataset.triplets)
     if spec.drawn or several:
         asked = gallery_scores.scores, relevance(dataset, gallery_scores)
         without = reference_positions(dataset, gallery_scores) if exclude_reference else None
@@ -206,6 +245,8 @@ def summarise(measures: dict[str, Tensor]) -> dict[str, float]:
     recalls = recall_at_k(measures["rank"], sorted({1, 5, 10, 50, *lists}))
     summary = {f"R@{k}": value for k, value in recalls.items()}
     summary |= {f"mAP@{k}": percent(f"ap@{k}") for k in lists}
+    marked = {"negatives@10": "negatives@10", "no-negatives mAP@10": "no-negatives ap@10"}
+    summary |= {name: percent(measure) for name, measure in marked.items() if measure in measures}
     if "average_precision" in measures: summary["mAP"] = percent("average_precision")
     first = [name for name in measures if name.startswith("top1_")]  # valid, then the kinds of attributes
     summary |= {name.replace("top1_", "top-1 "): percent(name) for name in first}
@@ -279,9 +320,10 @@ def evaluate_scores(
             measures.setdefault(name, empty)[gallery_scores.rows] = values
         best = best_images(dataset, gallery_scores, keep, exclude)
         for row, names in zip(gallery_scores.rows, best): top[row] = names
-    rules = protocol.sentence(len(dataset.gallery))
+    rules, metrics = protocol.sentence(len(dataset.gallery)), breakdown(dataset, measures)
+    if dataset.triplets[0].negatives: metrics["wording spread"] = wording_spread(dataset, top)
     shared = 100 * (ties > 0).float().mean().item()
-    return Evaluation(rules, breakdown(dataset, measures), measures, top, dataset, shared)
+    return Evaluation(rules, metrics, measures, top, dataset, shared)
 
 # %% ../../nbs/evaluator/02_scoring.ipynb #9db0c6a5
 def breakdown(dataset: CIRDataset, measures: dict[str, Tensor]) -> dict[str, float]:
@@ -297,6 +339,9 @@ def breakdown(dataset: CIRDataset, measures: dict[str, Tensor]) -> dict[str, flo
     for aspect in sorted({name for t in dataset.triplets for name in t.aspects}):
         rows = [i for i, t in enumerate(dataset.triplets) if aspect in t.aspects]
         metrics[f"{aspect} mAP@10"] = of(rows)["mAP@10"]
+    if spec.unmarked and len(dataset.galleries) > 1:
+        each = [measures["average_precision"][rows].mean() for rows in gallery_rows(dataset).values() if rows]
+        metrics["macro mAP"] = 100 * torch.stack(each).mean().item()
     shown = [dataset.attributes.get(t.target, {}) for t in dataset.triplets]
     if all("held_out" in about for about in shown):
         held = torch.tensor([bool(about["held_out"]) for about in shown])
@@ -307,7 +352,7 @@ def breakdown(dataset: CIRDataset, measures: dict[str, Tensor]) -> dict[str, flo
 # %% ../../nbs/evaluator/02_scoring.ipynb #3bd20c7c
 COLUMNS = (
     "R@1", "R@5", "R@10", "R@25", "R@50", "mAP", "mAP@5", "mAP@10", "mAP@25", "mAP@50", "top-1 valid",
-    "Rs@1", "Rs@2", "Rs@3", "mean",
+    "Rs@1", "Rs@2", "Rs@3", "mean", "negatives@10", "wording spread",
     "preference ratio", "people choose set 1", "agreement", "agreement low", "agreement high",
 )
 

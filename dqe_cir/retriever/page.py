@@ -67,7 +67,8 @@ class SearchPage:
         self.session: Session | None = None  # none before a gallery is open
         self.text, self.status, self.bad, self.progress = Said(), Said(), False, None
         self.gallery, self.folder, self.place, self.opened = "", "", "", ""
-        self.written = self.answered = 0  # texts written into the field; the last request that was answered
+        self.written = 0  # texts put into the field
+        self.begun = self.answered = 0  # the numbers of requests
         self.numbers, self.things = {}, []  # what the browser knows by number: ids, and pictures made for it
         self.why, self.shelf, self.log = None, None, []
         self.arriving = bytearray()  # of an upload
@@ -103,14 +104,14 @@ def guarded(self: SearchPage, action):
         try: action(*values)
         except Exception as problem: self.fault(problem)
         finally:
-            self.progress = None
+            self.progress, self.answered = None, self.begun
             self.show()
     return handler
 
 # %% ../../nbs/retriever/09_page.ipynb #9a7d7dce
 @patch
 def working(self: SearchPage, done: int, total: int) -> None:
-    "Move the progress bar, and nothing else: the retriever is between two galleries, and can be asked nothing."
+    "Move the progress bar, and nothing else: between two galleries the retriever can be asked nothing."
     self.progress = done / total
     self.say(f"encoding pictures: {done:,} of {total:,}")
     self.widget.state = self.widget.state | dict(progress=self.progress, status=self.status.value)
@@ -141,7 +142,7 @@ def heard(self: SearchPage, _, message: dict, buffers: list) -> None:
     if message["do"] == "pictures": return self.send_pictures(*message["with"])
     self.text.value = message["text"]
     if self.session is not None: self.session.text = self.text.value
-    self.answered = message["number"]
+    self.begun = message["number"]
     self.guarded(self.act)(message["do"], message["with"], buffers)
 
 # %% ../../nbs/retriever/09_page.ipynb #c405e19a
@@ -398,8 +399,8 @@ def pick_mode(self: SearchPage, mode: str) -> None:
 def show(self: SearchPage) -> None:
     "Bring the browser in line with the session."
     page = dict(
-        status=self.status.value, bad=self.bad, progress=self.progress, log=self.log, answered=self.answered,
-        galleries=galleries(), gallery=self.gallery, folder=plain_text(self.folder),
+        status=self.status.value, bad=self.bad, progress=self.progress, log=self.log, begun=self.begun,
+        answered=self.answered, galleries=galleries(), gallery=self.gallery, folder=plain_text(self.folder),
         asks_folder=self.gallery == OWN, text=self.text.value, written=self.written,
         hint=f"e.g. {typed_in(self.session)[0]}",
         why=self.why, shelf=self.shelf, most_bytes=UPLOAD_BYTES)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KEPT', 'MOST_UPLOADS', 'UPLOAD_PIXELS', 'SHOWN_SIDE', 'UPLOAD_BYTES', 'WORD', 'DENIAL', 'BLOCK', 'REFUSED', 'OWN',
-           'SearchConfig', 'open_model', 'somebody_looks', 'Step', 'Session', 'on_white', 'thumbnail', 'at_most',
-           'too_large', 'training_texts', 'foreign_script', 'new_words', 'new_denial', 'brought_to', 'in_blocks',
-           'gate_words', 'galleries', 'index_store', 'has_table', 'own_requests', 'dataset_of', 'dataset_or_fault',
-           'index_kept', 'open_gallery']
+           'SearchConfig', 'somebody_looks', 'Step', 'Session', 'on_white', 'thumbnail', 'at_most', 'too_large',
+           'training_texts', 'foreign_script', 'new_words', 'new_denial', 'brought_to', 'in_blocks', 'gate_words',
+           'galleries', 'index_store', 'has_table', 'own_requests', 'dataset_of', 'dataset_or_fault', 'index_kept',
+           'open_gallery']
 
 # %% ../../nbs/retriever/08_session.ipynb #bbd46bad
 import contextlib, csv, hashlib, io, math, os, re, textwrap, time, unicodedata
@@ -46,12 +46,6 @@ class SearchConfig:
     gallery: str = TrainConfig.dataset  # a data set, or a folder of pictures
     size: str = "full"  # drawn data: full or smoke
     interactive: str = "auto"  # yes, no, or auto: widgets where a person can click, else a static sheet
-
-# %% ../../nbs/retriever/08_session.ipynb #db79128c
-def open_model(config: SearchConfig) -> Retriever:
-    "The retriever that the parameters of the search notebook ask for."
-    if config.model != "zero_shot": return Retriever.load(config.model, encoder=config.encoder)
-    return Retriever.zero_shot(config.encoder or "mini")
 
 # %% ../../nbs/retriever/08_session.ipynb #12dcef17
 def somebody_looks(wish: str = "auto") -> bool:

@@ -10,13 +10,13 @@ __all__ = ['TERMS', 'NO_TERMS', 'TUNED', 'DQE', 'OURS', 'PLAIN', 'PAPER', 'SOURC
            'study_jobs', 'load_sets', 'peak_memory', 'epochs_done', 'costs', 'walk', 'warm_up', 'start_from',
            'package_commit', 'same_run', 'take_over', 'run_job', 'parameters', 'extra_measures', 'check_finished',
            'check_made_from', 'made_now', 'fingerprints', 'run_study', 'hide_bars', 'in_processes', 'kind_of',
-           'search_scores', 'search_table', 'best_rates', 'StudyConfig', 'without_lists', 'recorded_conditions',
-           'at_home', 'read_record', 'check_record', 'check_study', 'as_texts', 'study_config', 'small_study',
-           'interval', 'values_of', 'shared_seeds', 'paired', 'mean_and_spread', 'summary_table', 'difference_table',
-           'outcome', 'finding', 'findings', 'query_values', 'over_queries', 'queries_table', 'kept_of', 'study_record',
-           'read_study', 'source_line', 'study_report', 'seed_spread', 'compare_run', 'against_table', 'against_report',
-           'check_against', 'telling_rows', 'side_by_side', 'draw_sheet', 'means_report', 'differences_report',
-           'sheet_of']
+           'search_scores', 'search_table', 'standard_error', 'best_rates', 'StudyConfig', 'without_lists',
+           'recorded_conditions', 'at_home', 'read_record', 'check_record', 'check_study', 'as_texts', 'study_config',
+           'small_study', 'interval', 'values_of', 'shared_seeds', 'paired', 'mean_and_spread', 'summary_table',
+           'difference_table', 'outcome', 'finding', 'findings', 'query_values', 'over_queries', 'queries_table',
+           'kept_of', 'study_record', 'read_study', 'source_line', 'study_report', 'seed_spread', 'compare_run',
+           'against_table', 'against_report', 'check_against', 'telling_rows', 'side_by_side', 'draw_sheet',
+           'means_report', 'differences_report', 'sheet_of']
 
 # %% ../../nbs/studies/01_ablation.ipynb #c96b4c61
 import dataclasses, functools, hashlib, json, math, multiprocessing, re, shutil
@@ -506,14 +506,21 @@ def search_table(record: dict) -> dict[str, dict[float, float]]:
             for row, tried in search_scores(record).items()}
 
 # %% ../../nbs/studies/01_ablation.ipynb #4c9f717a
+def standard_error(values) -> float:
+    "Of the mean of some values; 0 for a single one, of which none is known."
+    values = [*values]
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
 def best_rates(record: dict) -> dict[str, float]:
-    """The learning rate of each row with the highest mean mAP on dev, among those that were tried with the
-    most seeds; of equals the smallest."""
-    means, found = search_table(record), {}
+    """The learning rate of each row: the lowest whose mean mAP on dev is within one standard error of the
+    highest, among those that were tried with the most seeds."""
+    found = {}
     for row, tried in search_scores(record).items():
         most = max(map(len, tried.values()))
-        known = sorted(rate for rate, seeds in tried.items() if len(seeds) == most)
-        found[row] = max(known, key=means[row].get)
+        means = {rate: statistics.mean(seeds.values()) for rate, seeds in tried.items() if len(seeds) == most}
+        best = max(means, key=means.get)
+        enough = means[best] - standard_error(tried[best].values())
+        found[row] = min(rate for rate, mean in means.items() if mean >= enough)
     return found
 
 # %% ../../nbs/studies/01_ablation.ipynb #9556a503

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CARD', 'BATCHES', 'ENCODERS', 'Work', 'config_of', 'encoder_of', 'random_batch', 'kept_bytes', 'picture_flop',
            'work_of', 'now', 'device_rate', 'Run', 'fashioniq_run', 'projected_phases', 'projected_steps', 'Pinned',
-           'timed_steps', 'write_picture', 'write_category', 'write_sample', 'method_on', 'rehearse', 'shown_run',
-           'projection', 'thirty', 'measurement', 'title_of', 'run_table', 'bench_gpu', 'parsed', 'main']
+           'timed_steps', 'write_picture', 'write_category', 'write_sample', 'method_on', 'Phases', 'rehearse',
+           'phase_table', 'shown_run', 'projection', 'thirty', 'measurement', 'title_of', 'run_table', 'bench_gpu',
+           'parsed', 'main']
 
 # %% ../../nbs/studies/07_bench_gpu.ipynb #d3459b1f
 import argparse, sys, tempfile, time
@@ -242,36 +243,70 @@ def method_on(name: str, config: TrainConfig, device: torch.device) -> Method:
     method.stands_on = f"{name}, random weights"
     return method
 
+# %% ../../nbs/studies/07_bench_gpu.ipynb #f661f9f9
+class Phases:
+    "`told`: of one phase after another `seconds`, `CPU seconds` and the most `GiB` held, None if unknown."
+
+    def __init__(self, device: torch.device):
+        self.device, self.told = device, {}
+        self.begin()
+
+    def begin(self) -> None:
+        "From here on counts what `end` will book."
+        peak_memory(self.device, restart=True)
+        self.since = now(self.device), time.process_time()
+
+    def end(self, phase: str) -> None:
+        "Book what was spent since the last end."
+        spent = now(self.device) - self.since[0], time.process_time() - self.since[1]
+        held, before = peak_memory(self.device), self.told.get(phase, {})
+        told = {unit: round(before.get(unit, 0.0) + number, 2)
+                for unit, number in zip(("seconds", "CPU seconds"), spent)}
+        most = None if held is None else max(before.get("GiB", 0.0), round(held / 1024, 2))
+        self.told[phase] = {**told, "GiB": most}
+        self.begin()
+
+    def apart(self, phase: str, around: str, work: Callable) -> Callable:
+        "Work that is a phase of its own inside of another."
+        def done(*arguments, **options):
+            self.end(around)
+            found = work(*arguments, **options)
+            self.end(phase)
+            return found
+        return done
+
+
 # %% ../../nbs/studies/07_bench_gpu.ipynb #6084b3c7
-def rehearse(name: str, folder: Path, device: torch.device, share: float = 1.0, **values) -> dict[str, float]:
-    "Seconds of every phase of a run on synthetic FashionIQ."
-    seconds, started = {}, now(device)
-
-    def lap(phase: str) -> None:
-        nonlocal started
-        seconds[phase] = seconds.get(phase, 0.0) + now(device) - started
-        started = now(device)
-
+def rehearse(name: str, folder: Path, device: torch.device, share: float = 1.0,
+             **values) -> dict[str, dict[str, float]]:
+    "What every phase of a run on synthetic FashionIQ took, as `Phases` counts it."
+    phases = Phases(device)
     root = write_sample(folder / "data", share)
-    lap("writing")
+    phases.end("writing")
     config = config_of(name, data_root=str(root), run_dir=str(folder / "run"), **values)
     train, val = (load_dataset("fashioniq", root, split) for split in ("train", "val"))
     method = method_on(name, config, device)
-    lap("loading")
+    phases.end("loading")
     tokens = cache_tokens(method.encoder, [train, val], folder / "tokens", progress=False)
-    lap("encoding")
+    phases.end("encoding")
+    data = training_set(config, train, tokens)
+    data.negatives.renew = phases.apart("refreshes", "steps", data.negatives.renew)
+    look = phases.apart("evaluations", "steps", lambda trained: evaluate(trained, val, tokens).metrics)
+    fit(method, data, open_run(config), look)
+    phases.end("steps")
+    return phases.told
 
-    def look(trained: Method) -> dict:
-        lap("steps")
-        metrics = evaluate(trained, val, tokens).metrics
-        lap("evaluations")
-        return metrics
+# %% ../../nbs/studies/07_bench_gpu.ipynb #27df716a
+def phase_table(told: dict[str, dict[str, float]]) -> Markdown:
+    "What the phases of a rehearsal took, and all of them together."
+    units = ("seconds", "CPU seconds", "GiB")
+    whole = {unit: [spent[unit] for spent in told.values() if spent[unit] is not None] for unit in units}
+    summed = {"seconds": sum(whole["seconds"]), "CPU seconds": sum(whole["CPU seconds"]),
+              "GiB": max(whole["GiB"], default=None)}
+    rows = {phase: {unit: "" if spent[unit] is None else f"{spent[unit]:,.2f}" for unit in units}
+            for phase, spent in (told | {"in all": summed}).items()}
+    return text_table(rows, list(units), "two epochs, the second with a refresh; GiB at the most")
 
-    events = fit(method, training_set(config, train, tokens), open_run(config), look)
-    lap("steps")
-    mined = sum(sum(event["seconds"].values()) for event in events if event["kind"] == "refresh")
-    seconds |= {"refreshes": mined, "steps": seconds["steps"] - mined}
-    return {phase: round(number, 2) for phase, number in seconds.items()}
 
 # %% ../../nbs/studies/07_bench_gpu.ipynb #24ed21bb
 BATCHES = (32, 128)
@@ -300,8 +335,9 @@ def thirty(told: dict[str, float]) -> dict[str, float]:
 
 # %% ../../nbs/studies/07_bench_gpu.ipynb #3592aff6
 def measurement(names: tuple[str, ...], device: torch.device, share: float = 1.0, steps: int = 20,
-                size: int = 8192, batches: tuple[int, ...] = BATCHES) -> dict:
-    "The same, measured on a device."
+                size: int | None = None, batches: tuple[int, ...] = BATCHES) -> dict:
+    "The same, measured on a device; matrices of `size` rows tell its rates, by default such as fill it."
+    size = size or (8192 if device.type == "cuda" else 1024)
     rates = {str(kind)[6:]: device_rate(device, kind, size) for kind in (torch.bfloat16, torch.float32)}
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     towers, rate = {}, rates["bfloat16" if device.type == "cuda" else "float32"]
@@ -310,7 +346,9 @@ def measurement(names: tuple[str, ...], device: torch.device, share: float = 1.0
         paces = [timed_steps(name, work, device, batch, steps, rate) for batch in batches]
         with tempfile.TemporaryDirectory() as folder:
             told = rehearse(name, Path(folder), device, share, epochs=2)
-        towers[name] = {"work": vars(work), "steps": paces, "rehearsal": told, "run": shown_run(thirty(told))}
+        seconds = {phase: spent["seconds"] for phase, spent in told.items()}
+        towers[name] = {"work": vars(work), "steps": paces, "rehearsal": told,
+                        "run": shown_run(thirty(seconds))}
     return {"projected": False, "card": {"name": card, **rates}, "share": share, "towers": towers}
 
 # %% ../../nbs/studies/07_bench_gpu.ipynb #0dd84717
@@ -339,14 +377,16 @@ def bench_gpu(arguments: argparse.Namespace) -> int:
     names = tuple(filter(None, arguments.encoders.split(",")))
     unknown = sorted(set(names) - {"mini", *TOWERS})
     if unknown: raise ValueError(f"encoders={unknown[0]} is not one of mini, {', '.join(TOWERS)}")
-    if torch.cuda.is_available(): found = measurement(names, torch.device("cuda"), arguments.share)
-    else: found = projection(names)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "")
+    found = measurement(names, torch.device(device), arguments.share) if device else projection(names)
     print(run_table(found).data)
+    for name in names if device else (): print(name, phase_table(found["towers"][name]["rehearsal"]).data)
     what = ("dqe_cir on FashionIQ at real size, random weights, synthetic pictures; "
             "says nothing about retrieval")
     said = bench.command_of("bench-gpu",
                             f"--encoders {arguments.encoders}" if arguments.encoders != ENCODERS else "",
-                            f"--share {arguments.share}" if arguments.share != 1.0 else "")
+                            f"--share {arguments.share}" if arguments.share != 1.0 else "",
+                            f"--device {arguments.device}" if arguments.device else "")
     about = {"command": said, "what": what}
     if arguments.record: write_json(arguments.record, about | found | {"environment": environment()})
     return 0
@@ -365,6 +405,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     other = commands.add_parser("bench-gpu", help="steps and a whole run on a card, or projected")
     other.add_argument("--encoders", default=ENCODERS, help="some of these")
     other.add_argument("--share", type=float, default=1.0, help="share of FashionIQ's size in the rehearsal")
+    other.add_argument("--device", choices=["", "cpu", "cuda"], default="",
+                       help="measure here; by default on a GPU, and without one nothing is measured")
     other.set_defaults(work=bench_gpu)
     for command in (one, other): command.add_argument("--record", help="write the figures into this file")
     return parser.parse_args(arguments)

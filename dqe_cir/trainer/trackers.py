@@ -51,7 +51,7 @@ def tensorboard(run: Run, library) -> tuple[Callable, Callable]:
 def dashboard(run: Run, library) -> tuple[Callable, Callable]:
     "The same for a library with `init`, `log` and `finish`."
     library.init(project="dqe-cir", name=run.folder.name, config=asdict(run.config))
-    return lambda values, epoch: library.log({**values, "epoch": epoch}), library.finish
+    return lambda values, epoch: library.log({**values, "epoch": epoch}, step=epoch), library.finish
 
 # %% ../../nbs/trainer/05_trackers.ipynb #7141f4d1
 @contextlib.contextmanager

@@ -63,9 +63,8 @@ function render({ model, el }) {
       [60_000, "no answer for a minute: is the kernel still running? Run all cells again, or open the page anew"],
     ].map(([milliseconds, words]) => setTimeout(() => { told.textContent = words; }, milliseconds));
   }
-  function answered() {
+  function begun() { // the kernel is at it, and says so itself
     patience.forEach(clearTimeout);
-    root.removeAttribute("aria-busy");
     told.textContent = "";
   }
   async function upload(files) {
@@ -265,7 +264,8 @@ function render({ model, el }) {
     field.placeholder = s.hint;
     regions.forEach((draw) => draw());
     if (viewer.open) reasons();
-    if (s.answered >= asked || s.progress != null) answered();
+    if (s.begun >= asked) begun();
+    if (s.answered >= asked) root.removeAttribute("aria-busy");
   }
   function heard(message, buffers) {
     if (message.pictures) came(message.pictures, buffers);
