@@ -216,7 +216,7 @@ def test_evaluation_and_tables(run):
     found = conditions_table(runs).data
     assert "squares val, encoder mini" in found and "squares benchmark" in found and "Rs@1" in found and not left_out.get("results.json")
     clean(found, "the table of conditions")
-    assert "| squares | 0 | – | – | 1 | " in status_table(read_figures(), runs).data
+    assert "| squares | 0 | – | – | – | 1 | " in status_table(read_figures(), runs).data
     assert "squares mAP" in systems_table(read_figures(), runs).data
     assert "-p dataset squares" in to_run("sprc", "squares")["command"]
 

@@ -289,7 +289,7 @@ def uneven_targets(dataset: CIRDataset) -> CIRDataset:
     return dataclasses.replace(dataset, triplets=triplets)
 
 # %% ../../nbs/data/03_base.ipynb #49a2b610
-TRUTHS = ("garments.json", "scenes.json")  # of all worlds drawn here, each beside the layouts that it is written in
+TRUTHS = ("garments.json", "scenes.json")  # of the worlds drawn here, beside their layouts
 
 def origin(root: Path) -> str:
     "`sample` for a root inside a drawn world, else `real`."
