@@ -478,19 +478,20 @@ DESCRIBED = {
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #44a872f5
 def caption_of(scene: Scene, rng: np.random.Generator) -> str:
-    "A full description: the groups with their places, then ground, view and light."
+    """A description of some thirty words at most, which is what a text encoder reads: all groups from left
+    to right with ground, view and light, or in any order with their places and one of the three."""
     places = dict(zip(scene.order.split(), ("on the left", "in the middle", "on the right")))
-    groups, parts = present(scene), []
-    for i in rng.permutation(len(groups)) if rng.uniform() < 0.5 else range(len(groups)):
-        group = groups[i]
+    told, parts = rng.uniform() < 0.5, []
+    for i in rng.permutation(len(present(scene))) if told else range(len(present(scene))):
+        group = present(scene)[i]
         kind, colour, number = (getattr(scene, f"{group}{part}") for part in ("", "_colour", "_number"))
         adjectives = picked(("bigger ", "larger "), rng) + colour if scene.large == group else colour
-        parts.append(f"{picked(indefinite(kind, number, adjectives), rng)} {places[group]}")
-    things = ", ".join(parts[:-1]) + picked((" and ", ", "), rng) + parts[-1]
-    wide = [picked(DESCRIBED[name, getattr(scene, name)], rng) for name in ("view", "light")]
-    ending = [f"on {picked(GROUNDS[scene.ground], rng)}", *(wide[i] for i in rng.permutation(2))]
-    opening = picked(("{}", "a photo of {}", "there is {}", "shows {}"), rng)
-    return opening.format(", ".join([things, *ending]))
+        parts.append(picked(indefinite(kind, number, adjectives), rng) + told * f" {places[group]}")
+    wide = [f"on {picked(GROUNDS[scene.ground], rng)}",
+            *(picked(DESCRIBED[name, getattr(scene, name)], rng) for name in ("view", "light"))]
+    wide = [wide[i] for i in rng.permutation(3)[:1 if told else 3]]
+    if rng.uniform() < 0.5: return ", ".join(wide + parts)
+    return picked(("{}", "a photo of {}", "shows {}"), rng).format(", ".join(parts + wide))
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #157adc20
 def caption_corpus() -> list[str]:
