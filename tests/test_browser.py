@@ -20,6 +20,7 @@ from PIL import Image
 
 from helpers import ROOT
 
+from dqe_cir.data.datasets import SPECS
 from dqe_cir.retriever import Retriever
 from dqe_cir.retriever.drawn import drawn_at_once
 
@@ -46,8 +47,11 @@ def server(tmp_path_factory):
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     parameters.source += '\nmodel = "garments"  # the shipped model, whatever has been trained here'
     nbformat.write(notebook, home / "work" / "search.ipynb")
+    (home / "galleries").mkdir()
+    garments, scenes = (SPECS[name].drawn.make(size=size) for name, size in (("garments", "full"), ("scenes", "smoke")))
+    for name, place in {garments.name: garments, "cirr": scenes / "cirr"}.items(): (home / "galleries" / name).symlink_to(place.resolve())
     port, names = free_port(), {"CONFIG_DIR": "config", "DATA_DIR": "data", "RUNTIME_DIR": "runtime"}
-    environment = {**{name: value for name, value in os.environ.items() if name not in ("IN_TEST", "PYTEST_CURRENT_TEST")}, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(home / "ipython"),
+    environment = {**{name: value for name, value in os.environ.items() if name not in ("IN_TEST", "PYTEST_CURRENT_TEST")}, "PYTHONPATH": str(ROOT), "IPYTHONDIR": str(home / "ipython"), "DQE_CIR_DATA": str(home / "galleries"),
                    "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
                    **{f"JUPYTER_{name}": str(home / folder) for name, folder in names.items()}}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token=T",
@@ -295,6 +299,22 @@ def test_a_folder_of_ones_own(lab, mixed_folder):
     lab.shot("6-lab-own-folder")
     lab.page.get_by_label("Gallery").select_option("garments"); lab.answered(60)
     assert "2,100 pictures, index as shipped" in lab.status
+
+
+def test_a_gallery_of_groups_ranks_the_group_too(lab):
+    "CIRR's form, here a few drawn scenes: a query of the data set is ranked in the gallery and in its group."
+    lab.page.get_by_label("Gallery").select_option("cirr"); lab.answered(120)
+    assert "120 pictures" in lab.status and "sample" in lab.status.lower(), lab.status
+    lab.page.get_by_label("Example").select_option(index=1); lab.answered()
+    group = lab.page.locator(".dqe-subset .dqe-result")
+    assert group.count() == 5 and len(lab.ids) == 10
+    assert len(set(group.evaluate_all("boxes => boxes.map(box => box.title)")) | {lab.reference}) == 6
+    arrived = lambda: all(lab.page.locator(".dqe-subset img").evaluate_all("images => images.map(image => image.naturalWidth > 0)"))
+    group.first.scroll_into_view_if_needed()
+    lab.until(arrived, "the pictures of the group")
+    lab.pictures()
+    lab.shot("6-lab-groups")
+    lab.page.get_by_label("Gallery").select_option("garments"); lab.answered(60)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
