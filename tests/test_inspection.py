@@ -77,7 +77,7 @@ def test_confusion_by_hand(small):
     assert sleeves["asked for"].sum() == 1 == sleeves["asked for"].trace() and (sleeves["kept"].sum(), sleeves["kept"].trace()) == (2, 1)
     figure = confusion_figure(small, [["c"], ["b"], ["d"]])
     assert len(figure.data) == 10 and figure.layout.annotations[0].text == "colour asked for: 0 % right"
-    assert figure.data[2].z == ([None] * 3,) * 3, "nobody asked for a pattern: grey, not white"
+    assert figure.data[1].z == ([None] * 3,) * 3, "nobody asked for a pattern: grey, not white"
 
 
 def test_kinds_of_requests(small):

@@ -21,6 +21,7 @@ from dqe_cir.data import load_dataset
 from dqe_cir.encoder import cache_tokens
 from dqe_cir.evaluator import evaluate, score_dataset
 from dqe_cir.methods import METHODS
+from dqe_cir.methods.zoo import TRAIN_FREE
 from dqe_cir.retriever import Retriever
 from dqe_cir.trainer.config import as_meant
 from dqe_cir.trainer import build_method, fit, load_run, open_run, train_config, training_set
@@ -161,7 +162,7 @@ RECORDS = sorted((ROOT / "data" / "results").glob("*.json"))
 def test_a_record_loads(path):
     "Runs by condition and seed, every condition with its parameters; or the one run of a folder, with what the contract asks of it."
     record = json.loads(path.read_text())
-    assert record.get("command") or record.get("method") in METHODS
+    assert record.get("command") or record.get("method") in {*METHODS, *TRAIN_FREE}
     for run in record.get("runs", [record] if "metrics" in record else []):
         assert all(math.isfinite(value) for value in run["metrics"].values() if value is not None) and 0 <= run["metrics"]["mAP"] <= 100
     if "conditions" in record:
