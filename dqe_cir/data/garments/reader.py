@@ -11,7 +11,7 @@ import dataclasses, functools
 from pathlib import Path
 
 from ..base import CIRDataset, DatasetSpec, DrawnWorld, read_json
-from ..drawn import check_truth
+from ..drawn import with_truth
 from ..fashioniq import FASHIONIQ, load_fashioniq
 from .benchmark import fingerprint, make_garments, make_world, render, the_truth
 from .benchmark import write_fashioniq
@@ -25,14 +25,9 @@ def load_garments(root: Path | str, split: str) -> CIRDataset:
     root = Path(root)
     path = root / "garments.json"
     truth, dataset = read_json(path, GARMENTS.get), load_fashioniq(root / "fashioniq", split)
-    check_truth(truth, dataset, path, ATTRIBUTES, GARMENTS.get)
-    relevant = {pair: frozenset(names) for pair, names in truth["relevant"][split].items()}
-    if split != "train":
-        dataset.triplets = [dataclasses.replace(t, positives=relevant[t.pair_id]) for t in dataset.triplets]
+    dataset = with_truth(truth, dataset, path, ATTRIBUTES, GARMENTS.get)
     return dataclasses.replace(
-        dataset, name=GARMENTS.name, title=GARMENTS.name, data=GARMENTS.name, unused_images=False,
-        get=GARMENTS.get,
-        attributes=truth["images"], mentions=truth["mentions"], relevant=relevant)
+        dataset, name=GARMENTS.name, title=GARMENTS.name, data=GARMENTS.name, unused_images=False)
 
 # %% ../../../nbs/data/garments/04_reader.ipynb #2084678f
 def garments_root(size: str = "full") -> str:

@@ -21,7 +21,7 @@ from ..drawn import draw_all, made_once
 from ..garments.benchmark import CIRR_FOLDERS
 from ..garments.requests import picked
 from .draw import ATTRIBUTES, GROUPS, ORDERS, Scene, draw_scene, possible
-from .requests import SCENE_WIDE, Change, allowed_values, codes
+from .requests import SCENE_WIDE, Change, allowed_values, asked_values, codes
 from .requests import is_relevant, relevant_rows, request_between, sentence
 from ...files import write_json
 
@@ -163,10 +163,7 @@ def asked_of(images: dict[str, Scene], reference: str, family: list[str], taken:
 # %% ../../../nbs/data/scenes/03_benchmark.ipynb #e39b9b8c
 def question(query: Query) -> tuple:
     "What is asked of which image, whatever the target and the words."
-    asked = {}
-    for change in query.changes:
-        for name, values in change.asks.items(): asked[name] = asked.get(name, values) & values
-    return query.reference, frozenset(asked.items())
+    return query.reference, frozenset(asked_values(list(query.changes)).items())
 
 # %% ../../../nbs/data/scenes/03_benchmark.ipynb #cc8f40ae
 def sample_queries(images: dict[str, Scene], count: int, rng: np.random.Generator,

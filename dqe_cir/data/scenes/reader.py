@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..base import CIRDataset, DatasetSpec, DrawnWorld, read_json
 from ..cirr import CIRR, load_cirr
-from ..drawn import check_truth
+from ..drawn import with_truth
 from .benchmark import make_scenes, make_world, render, scene_place, scenes_root
 from .benchmark import the_truth, write_cirr
 from .draw import ATTRIBUTES, GROUPS, Scene
@@ -25,14 +25,8 @@ def load_scenes(root: Path | str, split: str) -> CIRDataset:
     path = root / "scenes.json"
     truth, dataset = read_json(path, SCENES.get), load_cirr(root / "cirr", split)
     dataset.triplets = [dataclasses.replace(t, category="all") for t in dataset.triplets]
-    check_truth(truth, dataset, path, ATTRIBUTES, SCENES.get)
-    relevant = {pair: frozenset(names) for pair, names in truth["relevant"][split].items()}
-    if split != "train":
-        dataset.triplets = [dataclasses.replace(t, positives=relevant[t.pair_id]) for t in dataset.triplets]
-    mentions = {t.pair_id: truth["mentions"][t.pair_id] for t in dataset.triplets}
-    return dataclasses.replace(
-        dataset, name=SCENES.name, title=SCENES.name, data="scenes", get=SCENES.get,
-        attributes=truth["images"], mentions=mentions, relevant=relevant)
+    dataset = with_truth(truth, dataset, path, ATTRIBUTES, SCENES.get)
+    return dataclasses.replace(dataset, name=SCENES.name, title=SCENES.name, data=SCENES.name)
 
 # %% ../../../nbs/data/scenes/04_reader.ipynb #d69f1c7e
 @functools.lru_cache

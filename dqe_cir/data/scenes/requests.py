@@ -6,11 +6,11 @@
 __all__ = ['MOODS', 'NAMES', 'ADDED', 'PLACED', 'REMOVED', 'REPLACED', 'RECOLOURED', 'UNCOLOURED', 'COUNTED', 'MORE', 'COMPARED',
            'MOVED', 'SWAPPED', 'BIGGER', 'SHRUNK', 'GROUNDS', 'GROUNDED', 'UNGROUNDED', 'SEEN', 'SCENE_WIDE',
            'NAMED_SHARE', 'ORDER_SHARE', 'DRIFT_SHARE', 'MOST_CHANGES', 'FRAMES', 'MOOD_SHARES', 'JOINERS', 'DESCRIBED',
-           'WORD_LISTS', 'Change', 'moods', 'called', 'definite', 'indefinite', 'pair', 'group_values', 'places_of',
-           'additions', 'removals', 'replacements', 'recolourings', 'countings', 'exchanged', 'moves', 'resizings',
-           'groundings', 'seen_changes', 'group_changes', 'changes_between', 'asked_names', 'request_between',
-           'sentence', 'allowed_values', 'is_relevant', 'codes', 'relevant_rows', 'one_respect_away', 'said_of',
-           'changes_in', 'read_request', 'caption_of', 'caption_corpus']
+           'WORD_LISTS', 'Change', 'moods', 'called', 'definite', 'indefinite', 'pair', 'group_values', 'newcomers',
+           'places_of', 'additions', 'removals', 'replacements', 'recolourings', 'countings', 'exchanged', 'moves',
+           'resizings', 'groundings', 'seen_changes', 'group_changes', 'changes_between', 'asked_names',
+           'request_between', 'sentence', 'asked_values', 'allowed_values', 'is_relevant', 'codes', 'relevant_rows',
+           'one_respect_away', 'said_of', 'changes_in', 'read_request', 'caption_of', 'caption_corpus']
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #421cc906
 import functools, itertools
@@ -85,6 +85,14 @@ def group_values(group: str, kinds, colours, numbers) -> dict[str, frozenset[str
     names = (group, f"{group}_colour", f"{group}_number")
     return dict(zip(names, map(frozenset, (kinds, colours, numbers))))
 
+# %% ../../../nbs/data/scenes/02_requests.ipynb #fa17c448
+def newcomers(target: Scene, group: str) -> list[tuple[dict, dict]]:
+    "What is allowed of a group that is new in a target, and how it is called: with its colour, or in any."
+    kind, colour, number = (getattr(target, f"{group}{part}") for part in ("", "_colour", "_number"))
+    verb = {"is": (pair(number, "is", "are"),)}
+    return [(group_values(group, {kind}, colours, {number}), verb | {"a": indefinite(kind, number, said)})
+            for colours, said in (({colour}, colour), (COLOURS, ""))]
+
 # %% ../../../nbs/data/scenes/02_requests.ipynb #2a1ebbe0
 def places_of(reference: Scene, order: str, group: str, others: list[str]) -> list[tuple]:
     """Ways to say where a group stands in an order, by itself and from the groups `others` of the reference,
@@ -111,11 +119,9 @@ PLACED = moods(
 # %% ../../../nbs/data/scenes/02_requests.ipynb #4879f723
 def additions(reference: Scene, target: Scene, group: str) -> list[Change]:
     "Ways to ask for a group that is missing: with or without its colour and its place."
-    kind, colour, number = (getattr(target, f"{group}{part}") for part in ("", "_colour", "_number"))
-    verbs = {"is": (pair(number, "is", "are"),), "has": (pair(number, "has", "have"),)}
-    exact = group_values(group, {kind}, {colour}, {number}), verbs | {"a": indefinite(kind, number, colour)}
-    loose = group_values(group, {kind}, COLOURS, {number}), verbs | {"a": indefinite(kind, number)}
-    changes = [Change(asks, ADDED, slots) for asks, slots in (exact, loose)]
+    has = pair(getattr(target, f"{group}_number"), "has", "have")
+    exact, loose = newcomers(target, group)
+    changes = [Change(asks, ADDED, slots | {"has": (has,)}) for asks, slots in (exact, loose)]
     stay = [other for other in present(reference) if other in present(target)]
     for words, orders in places_of(reference, target.order, group, stay):
         changes.append(Change(exact[0] | {"order": orders}, PLACED, exact[1] | {"where": words}))
@@ -146,12 +152,9 @@ REPLACED = moods(
 # %% ../../../nbs/data/scenes/02_requests.ipynb #7157ed3b
 def replacements(reference: Scene, target: Scene, group: str) -> list[Change]:
     "Ways to ask for another kind in a group's place: with its colour, or in any."
-    kind, colour, number = (getattr(target, f"{group}{part}") for part in ("", "_colour", "_number"))
     was = pair(getattr(reference, f"{group}_number"), "was", "were")
-    slots = {"it": definite(reference, group), "is": (pair(number, "is", "are"),), "was": (was,)}
-    exact = group_values(group, {kind}, {colour}, {number}), {"a": indefinite(kind, number, colour)}
-    loose = group_values(group, {kind}, COLOURS, {number}), {"a": indefinite(kind, number)}
-    return [Change(asks, REPLACED, slots | new) for asks, new in (exact, loose)]
+    slots = {"it": definite(reference, group), "was": (was,)}
+    return [Change(asks, REPLACED, slots | new) for asks, new in newcomers(target, group)]
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #7d943d76
 RECOLOURED = moods(
@@ -393,12 +396,16 @@ def sentence(changes: list[Change], rng: np.random.Generator) -> str:
     return text + ("." if rng.uniform() < 0.25 else "")
 
 # %% ../../../nbs/data/scenes/02_requests.ipynb #8306605a
-def allowed_values(changes: list[Change], reference: Scene) -> tuple[dict[str, frozenset[str]], set[str]]:
-    """Per attribute the values that a perfect answer shows, and the attributes that were asked for; what two
-    changes ask must hold together."""
+def asked_values(changes: list[Change]) -> dict[str, frozenset[str]]:
+    "The values that changes allow by attribute; what two of them ask must hold together."
     asked = {}
     for change in changes:
         for name, values in change.asks.items(): asked[name] = asked.get(name, values) & values
+    return asked
+
+def allowed_values(changes: list[Change], reference: Scene) -> tuple[dict[str, frozenset[str]], set[str]]:
+    "Per attribute the values that a perfect answer shows, and the attributes that were asked for."
+    asked = asked_values(changes)
     kept = {name: frozenset({getattr(reference, name)}) for name in ATTRIBUTES}
     if "order" not in asked: kept["order"] = frozenset(ORDERS)
     return kept | asked, set(asked)
