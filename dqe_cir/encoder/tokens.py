@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import data_folder, handed, writable_data
+from ..core import data_folder, writable_data
 from ..data.base import CIRDataset
 from ..data.pictures import open_image
 from .blip2 import Blip2Encoder, deciding

@@ -12,7 +12,7 @@ __all__ = ['CALLED_PICTURES', 'LEADS_NOWHERE', 'SHIPPED', 'MADE', 'AT_HAND', 'PL
            'placed']
 
 # %% ../../nbs/retriever/04_index.ipynb #22d6ad59
-import contextlib, hashlib, json, os, re, zlib
+import hashlib, json, os, re, zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field

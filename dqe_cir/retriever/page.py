@@ -29,7 +29,6 @@ from .search import Result, gate_by_hand
 from .session import OWN, Session, Step, UPLOAD_BYTES, galleries, gate_words, open_gallery
 from .session import too_large
 from ..show.figures import COLOURS
-from ..show.sheets import framed
 
 # %% ../../nbs/retriever/09_page.ipynb #42ce71d5
 FRONT = SHIPPED.parent / "page"

@@ -38,7 +38,6 @@ from ..encoder.tokens import cache_tokens
 from ..evaluator.scoring import encode_gallery, encode_queries, evaluate, gallery_rows, kinds_of
 from ..files import DataError, append_jsonl, read_json, read_jsonl, read_tensors, replacing
 from ..files import write_json, write_tensors
-from ..methods.zoo import METHODS
 from ..methods.base import Method
 from ..show.figures import text_table
 from ..show.sheets import contact_sheet

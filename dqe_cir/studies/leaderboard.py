@@ -13,8 +13,7 @@ __all__ = ['BOARDS', 'FORMS', 'ONE_BOARD', 'FURTHER', 'FINALISTS', 'FINAL_SEEDS'
            'differences_figure']
 
 # %% ../../nbs/studies/02_leaderboard.ipynb #a26d50d7
-import dataclasses, json, statistics, tempfile
-from pathlib import Path
+import dataclasses, statistics, tempfile
 
 import plotly.graph_objects as go
 from IPython.display import Markdown
