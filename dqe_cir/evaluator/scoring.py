@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'GalleryScores', 'gallery_rows', 'encode_gallery', 'encode_queries', 'score_dataset', 'reference_positions',
-           'target_ranks', 'members_only', 'best_positions', 'best_images', 'relevance', 'list_precision',
+           'target_ranks', 'members_only', 'best_positions', 'best_images', 'among', 'relevance', 'list_precision',
            'first_right_ranks', 'marked_wrong', 'wording_spread', 'kinds_of', 'top1_attributes', 'group_ranks',
            'query_measures', 'summarise', 'Evaluation', 'check_scores', 'tied', 'pessimistic', 'told_apart',
            'evaluate_scores', 'breakdown', 'columns_of', 'by_part', 'has_answers', 'check_answers', 'evaluate']
@@ -35,7 +35,7 @@ class GalleryScores:
 
     def positions(self, names: list[str]) -> Tensor:
         "Gallery positions (Q,) int64 of image ids."
-        return torch.tensor([self.position[name] for name in names])
+        return torch.tensor([self.position[name] for name in names], dtype=torch.int64)
 
 # %% ../../nbs/evaluator/02_scoring.ipynb #144ad161
 def gallery_rows(dataset: CIRDataset) -> dict[str, list[int]]:
@@ -125,19 +125,23 @@ def best_images(
     return [[gallery_scores.gallery[i] for i in row] for row in best.tolist()]
 
 # %% ../../nbs/evaluator/02_scoring.ipynb #d9263c61
+def among(gallery_scores: GalleryScores, names: list) -> Tensor:
+    "(Q,N) bool: which images of the gallery are among the names given for each query."
+    found = torch.zeros(gallery_scores.scores.shape, dtype=torch.bool)
+    for row, own in enumerate(names): found[row, gallery_scores.positions(sorted(own))] = True
+    return found
+
 def relevance(dataset: CIRDataset, gallery_scores: GalleryScores) -> Tensor:
     "(Q,N) bool: which images are right answers, by the triplets' known positives."
-    relevant = torch.zeros(gallery_scores.scores.shape, dtype=torch.bool)
-    for row, triplet in enumerate(dataset.triplets[i] for i in gallery_scores.rows):
-        relevant[row, gallery_scores.positions(sorted(triplet.positives))] = True
-    return relevant
+    return among(gallery_scores, [dataset.triplets[row].positives for row in gallery_scores.rows])
 
 # %% ../../nbs/evaluator/02_scoring.ipynb #80ba30cc
 def list_precision(
-    dataset: CIRDataset, gallery_scores: GalleryScores, exclude_reference: bool
+    dataset: CIRDataset, gallery_scores: GalleryScores, exclude_reference: bool, lists: tuple[int, ...] = ()
 ) -> dict[str, Tensor]:
-    "`ap@K` (Q,), 0 to 1, for each of the data set's list lengths K, against all right answers of each query."
-    lists = SPECS[dataset.name].lists
+    """`ap@K` (Q,), 0 to 1, against all right answers of each query, for each list length K; by default those
+    of the data set."""
+    lists = lists or SPECS[dataset.name].lists
     positives = [sorted(dataset.triplets[row].positives) for row in gallery_scores.rows]
     right = [set(gallery_scores.positions(names).tolist()) for names in positives]
     best = best_positions(dataset, gallery_scores, max(lists), exclude_reference)
@@ -160,14 +164,12 @@ def marked_wrong(
     "Per query, 0 to 1: `negatives@k` (Q,), and `no-negatives ap@k` (Q,), precision with those taken out."
     triplets = [dataset.triplets[row] for row in gallery_scores.rows]
     known = [[name for name in t.negatives if name in gallery_scores.position] for t in triplets]
-    wrong = torch.zeros(gallery_scores.scores.shape, dtype=torch.bool)
-    for row, names in enumerate(known): wrong[row, gallery_scores.positions(sorted(names)).long()] = True
+    wrong = among(gallery_scores, known)
     best = best_positions(dataset, gallery_scores, k, exclude_reference)
     possible = torch.tensor([max(1, min(k, len(t.negatives))) for t in triplets])
     cleared = gallery_scores.scores.masked_fill(wrong, -torch.inf)
     cleared = GalleryScores(gallery_scores.rows, gallery_scores.gallery, cleared)
-    right = [set(gallery_scores.positions(sorted(t.positives)).tolist()) for t in triplets]
-    clean = average_precision_at_k(best_positions(dataset, cleared, k, exclude_reference), right, (k,))[k]
+    clean = list_precision(dataset, cleared, exclude_reference, (k,))[f"ap@{k}"]
     return {f"negatives@{k}": wrong.gather(1, best).sum(1) / possible, f"no-negatives ap@{k}": clean}
 
 # %% ../../nbs/evaluator/02_scoring.ipynb #52c1411d
@@ -224,7 +226,8 @@ def query_measures(
     rank = first_right_ranks if spec.unmarked else target_ranks
     measures = {"rank": rank(dataset, gallery_scores, exclude_reference)}
     if spec.lists: measures |= list_precision(dataset, gallery_scores, exclude_reference)
-    if dataset.triplets[0].negatives: measures |= marked_wrong(dataset, gallery_scores, exclude_reference)
+    if any(triplet.negatives for triplet in dataset.triplets):
+        measures |= marked_wrong(dataset, gallery_scores, exclude_reference)
     several = spec.unmarked or spec.own and any(len(triplet.positives) > 1 for triplet in dataset.triplets)
     if spec.drawn or several:
         asked = gallery_scores.scores, relevance(dataset, gallery_scores)
@@ -321,7 +324,8 @@ def evaluate_scores(
         best = best_images(dataset, gallery_scores, keep, exclude)
         for row, names in zip(gallery_scores.rows, best): top[row] = names
     rules, metrics = protocol.sentence(len(dataset.gallery)), breakdown(dataset, measures)
-    if dataset.triplets[0].negatives: metrics["wording spread"] = wording_spread(dataset, top)
+    spread = wording_spread(dataset, top) if "negatives@10" in metrics else None
+    if spread is not None: metrics["wording spread"] = spread
     shared = 100 * (ties > 0).float().mean().item()
     return Evaluation(rules, metrics, measures, top, dataset, shared)
 
