@@ -145,6 +145,7 @@ class DrawnWorld:
     values: dict[str, tuple[str, ...]] = field(default_factory=dict)  # attributes of an image, their values
     excluding: tuple[str, ...] = ()  # attributes: who asks for one value of such a one excludes the others
     kinds: dict[str, tuple[str, ...]] = field(default_factory=dict)  # such as colour and shape: attributes
+    encoder: str = "mini"  # that ships and has learned from such pictures: taken where none is named
 
 # %% ../../nbs/data/03_base.ipynb #774773af
 def names_in(folder: Path) -> list[str]:

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SPECS', 'pictures_elsewhere', 'same_name', 'odd_entries', 'odd_files', 'complete', 'check_categories', 'read_split',
-           'load_dataset', 'sample_banner']
+           'load_dataset', 'world_shown', 'sample_banner']
 
 # %% ../../nbs/data/09_datasets.ipynb #5b10ccd2
 import filecmp, os
 from pathlib import Path
 
 from ..core import data_folder
-from .base import CIRDataset, DatasetSpec, folders_below
+from .base import CIRDataset, DatasetSpec, DrawnWorld, folders_below
 from .circo import CIRCO
 from .cirr import CIRR
 from .custom import CUSTOM
@@ -123,6 +123,14 @@ def load_dataset(name: str, root: Path | str | None = None, split: str = "train"
         if not spec.stand_in: raise DataError(f"{home} is missing and has no stand-in: {spec.get}")
         home = SPECS[spec.stand_in].drawn.make(size=size) / name
     return complete(read_split(spec, root or home, split, categories))
+
+# %% ../../nbs/data/09_datasets.ipynb #545f32d6
+def world_shown(name: str, root: Path | str | None = None) -> DrawnWorld | None:
+    "The drawn world whose pictures `load_dataset` gives for a name and a root; None where there is none."
+    spec = SPECS.get(name)
+    if spec is None or spec.drawn: return spec and spec.drawn
+    real = root or not spec.stand_in or os.path.lexists(data_folder() / name)
+    return None if real else SPECS[spec.stand_in].drawn
 
 # %% ../../nbs/data/09_datasets.ipynb #4b5cdf95
 def sample_banner(dataset: CIRDataset) -> str:

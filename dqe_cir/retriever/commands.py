@@ -55,7 +55,7 @@ def answer_lines(results: list[Result], as_json: bool = False) -> str:
 PAGE = """import os
 os.chdir({here!r})
 from dqe_cir.retriever import Retriever, SearchPage
-page = SearchPage(Retriever.load({model!r}, encoder={encoder!r}))
+page = SearchPage(Retriever.load({model!r}, encoder={encoder!r}, dataset={gallery!r}))
 display(page.widget)
 page.open({gallery!r})"""
 

@@ -159,12 +159,13 @@ class Retriever(PyTorchModelHubMixin, library_name="dqe-cir", tags=["composed-im
 # %% ../../nbs/retriever/04_index.ipynb #55127fb9
 @patch(cls_method=True)
 def load(cls: Retriever, source: str | Path = "", device: str = "auto", encoder: str = "",
-         store=None) -> Retriever:
+         store=None, dataset: str = "") -> Retriever:
     """The retriever of a run folder, an exported folder, a model that ships (`garments`), `zero_shot` (the
     `encoder` as it is), or (empty) the newest run, else the one that ships; with its index if it has one, or
     with the pictures in a `store`, an engine of the page `beyond_memory`. `encoder` says where the encoder
-    lies, if not where the training had it. Other folders raise `DataError`, and so does a damaged index."""
-    if str(source) == "zero_shot": return cls.zero_shot(encoder or "mini", device=device, store=store)
+    lies, if not where the training had it; of `zero_shot` it is, where none is named, that of the `dataset` to
+    be searched. Other folders raise `DataError`, and so does a damaged index."""
+    if str(source) == "zero_shot": return cls.zero_shot(encoder, device=device, store=store, dataset=dataset)
     folder = model_folder(source)
     method, config = load_run(folder, device, encoder)
     record = folder / "results.json"
@@ -177,12 +178,13 @@ def load(cls: Retriever, source: str | Path = "", device: str = "auto", encoder:
 
 # %% ../../nbs/retriever/04_index.ipynb #738d02c7
 @patch(cls_method=True)
-def zero_shot(cls: Retriever, encoder: str = "mini", query: str = "", device: str = "auto",
-              store=None) -> Retriever:
-    """The retriever of an encoder as it is: `mini`, a hub id or a local folder; `store` as in `load`. `query`
-    is sum, image, text or joint; empty: what it was made for. `DataError` for one that cannot be loaded."""
-    config = zero_shot_config(encoder, query, device)
-    retriever = cls(build_method(config), config, f"{Path(encoder).name}, without training")
+def zero_shot(cls: Retriever, encoder: str = "", query: str = "", device: str = "auto",
+              store=None, dataset: str = "") -> Retriever:
+    """The retriever of an encoder as it is: one that ships (`mini`), a hub id or a local folder; empty: that
+    of the `dataset`, else `mini`. `store` as in `load`. `query` is sum, image, text or joint; empty: what it
+    was made for. `DataError` for one that cannot be loaded."""
+    config = zero_shot_config(encoder, query, device, dataset)
+    retriever = cls(build_method(config), config, f"{Path(config.encoder).name}, without training")
     if store is not None: retriever.search_in(store)
     return retriever
 

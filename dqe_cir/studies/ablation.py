@@ -87,6 +87,7 @@ FAMILIES: dict[str, dict[str, dict]] = {
         "paper_without_refresh": PAPER | dict(refresh_every=0),
     },
     "negatives": {name: PLAIN | dict(negatives=name) for name in SOURCES},
+    "others": {"sprc": TUNED | dict(method="sprc")},
 }
 CONDITIONS = {name: changes for family in FAMILIES.values() for name, changes in family.items()}
 
@@ -111,6 +112,7 @@ REASONS = {
     "in_batch": "another target of the batch, which costs no mining",
     "qure": "the band between two drops of the score, over the whole ranking, as in the code of QuRe",
     "qure_window": "the same over the first hundred, as in the text of QuRe",
+    "sprc": "the strongest published method that is trained here, on the same encoder by the same recipe",
 }
 
 # %% ../../nbs/studies/01_ablation.ipynb #5ab1c0d3
@@ -537,7 +539,7 @@ class StudyConfig:
     sheet: str = ""
     workers: int = 0
     dataset: str = TrainConfig.dataset
-    encoder: str = "mini"
+    encoder: str = ""
     epochs: int | None = None
     lr: float | None = None
     batch_size: int | None = None
@@ -591,10 +593,10 @@ def rated(self: StudyConfig) -> dict[str, dict]:
     rated = {}
     for name, changes in self.named.items():
         kind = kind_of(train_config(changes))
-        if kind not in found:
+        if kind not in found and "lr" not in changes:
             raise ValueError(f"{path} has no learning rate for {kind} ({name}): run the search of "
                              "nbs/leaderboard.ipynb first, or give -p rates preset")
-        rated[name] = {"lr": found[kind]} | changes
+        rated[name] = {"lr": found.get(kind)} | changes
     return rated
 
 # %% ../../nbs/studies/01_ablation.ipynb #c27ef91c

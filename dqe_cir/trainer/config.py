@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'SMALL_BOUNDS', 'MINING', 'COMMON', 'PLAIN', 'OWN', 'EVERYBODY', 'LOWEST', 'HIGHEST', 'PairOptions',
-           'TrainConfig', 'form_of', 'options_of', 'sometimes_read', 'recipe_of', 'presets', 'schedule_of', 'choices',
-           'check_choices', 'given', 'check_read', 'check_ranges', 'check_warm_up', 'check_processes', 'train_config',
-           'as_meant', 'ZeroShotConfig', 'zero_shot_config', 'kind_of_config']
+           'TrainConfig', 'encoder_for', 'encoder_of', 'form_of', 'options_of', 'sometimes_read', 'recipe_of',
+           'presets', 'schedule_of', 'choices', 'check_choices', 'given', 'check_read', 'check_ranges', 'check_warm_up',
+           'check_processes', 'train_config', 'as_meant', 'ZeroShotConfig', 'zero_shot_config', 'kind_of_config']
 
 # %% ../../nbs/trainer/02_config.ipynb #b2338fb1
-import dataclasses, math
+import dataclasses, math, warnings
 from dataclasses import dataclass
 
 from ..attributes import MODES, SUB_QUERIES
 from ..core import checked
-from ..data.datasets import SPECS, check_categories
-from ..encoder.blip2 import DTYPES, encoder_size
+from ..data.datasets import SPECS, check_categories, world_shown
+from ..encoder.blip2 import DTYPES, MINI, encoder_size, shipped
 from ..encoder.token_cache import PLACES
 from ..methods.base import Method
 from ..methods.parts import LearnedTemperature
@@ -51,7 +51,7 @@ class TrainConfig(PairOptions, ReadingOptions):
     dataset: str = "garments"  # a data set with a training split
     method: str = "dqe_cir"  # a name in METHODS
     form: str = "shared"  # shared: on BLIP-2 tokens, all alike; native: on the backbone it was published with
-    encoder: str = "mini"  # mini, a hub id or a local folder
+    encoder: str = ""  # one that ships (mini), a hub id or a local folder; empty: see `encoder_for`
     seed: int = 0
     processes: int = 1  # that train together, each with its share of every batch
     epochs: int | None = None
@@ -85,6 +85,20 @@ class TrainConfig(PairOptions, ReadingOptions):
     tokens_on: str = "auto"  # where image tokens are kept: auto, device, memory or disk
     log_to: str = ""  # who is told of the events as well: tensorboard, trackio or wandb
 
+# %% ../../nbs/trainer/02_config.ipynb #f67975b0
+def encoder_for(dataset: str = "", root: str = "") -> str:
+    "The encoder for a data set: that of the drawn world whose pictures it shows below the root, else `mini`."
+    world = world_shown(dataset, root)
+    wanted = world.encoder if world else MINI.name
+    if shipped(wanted): return wanted
+    warnings.warn(f"{wanted}, the encoder that has seen pictures such as those of {dataset}, does not ship "
+                  f"here: {MINI.name} takes its place; name another with -p encoder", stacklevel=2)
+    return MINI.name
+
+def encoder_of(config) -> str:
+    "The encoder of a run: the one that is named, else that of its data."
+    return config.encoder or encoder_for(config.dataset, config.data_root)
+
 # %% ../../nbs/trainer/02_config.ipynb #7967c56a
 def form_of(config) -> type[Method]:
     "The class that a run trains: the method, or its native form where it has one and `form` asks for it."
@@ -116,7 +130,7 @@ EVERYBODY = ("captions",)  # read by the trainer, whatever the method
 # %% ../../nbs/trainer/02_config.ipynb #8b8ab335
 def recipe_of(config: TrainConfig) -> dict:
     "Name and switches of the run's recipe; a switch that its method does not read stands for nothing done."
-    method, small = form_of(config), encoder_size(config.encoder) == "small"
+    method, small = form_of(config), encoder_size(encoder_of(config)) == "small"
     name = config.recipe or ("common" if small else "paper")
     switches = COMMON | OWN | method.common if name == "common" else PLAIN | OWN | method.paper
     read, idle = {*options_of(method), *EVERYBODY}, PLAIN | {"warm_up": None}
@@ -129,7 +143,7 @@ def recipe_of(config: TrainConfig) -> dict:
 def presets(config: TrainConfig) -> dict:
     "The schedule of the encoder's size and the data set, then of the method; its recipe, and its zone."
     spec, method, recipe = SPECS[config.dataset], METHODS[config.method], recipe_of(config)
-    small = encoder_size(config.encoder) == "small"
+    small = encoder_size(encoder_of(config)) == "small"
     schedule = dict(SMALL) if small else {**spec.training, **method.published.get(spec.name, {})}
     if recipe["recipe"] == "paper":
         for name in ("warmup_epochs", "refresh_every"): schedule.pop(name, None)  # by a sixth: see below
@@ -251,6 +265,7 @@ def train_config(values: dict) -> TrainConfig:
     config = checked(TrainConfig, values)
     check_choices(config)
     check_categories(SPECS[config.dataset], config.categories)
+    config = dataclasses.replace(config, encoder=encoder_of(config))
     schedule = schedule_of(config)
     check_read(config, config.negatives or schedule["negatives"])
     missing = {name: value for name, value in schedule.items() if getattr(config, name) is None}
@@ -285,10 +300,12 @@ class ZeroShotConfig(TrainConfig):
     query: str = ""  # sum, image, text or joint; empty: what the encoder was made for
 
 # %% ../../nbs/trainer/02_config.ipynb #cdfb58d1
-def zero_shot_config(encoder: str = "mini", query: str = "", device: str = "auto") -> ZeroShotConfig:
-    "The configuration of an encoder as it is; `ValueError` for a query that there is not."
+def zero_shot_config(encoder: str = "", query: str = "", device: str = "auto", dataset: str = "",
+                     root: str = "") -> ZeroShotConfig:
+    """The configuration of an encoder as it is, without a name that of a data set (`encoder_for`);
+    `ValueError` for a query that there is not."""
     check_query(query)
-    return ZeroShotConfig(encoder=encoder, query=query, device=device)
+    return ZeroShotConfig(encoder=encoder or encoder_for(dataset, root), query=query, device=device)
 
 # %% ../../nbs/trainer/02_config.ipynb #e028b14c
 def kind_of_config(values: dict) -> type[TrainConfig]:

@@ -75,9 +75,10 @@ def without_training(config: EvaluateConfig) -> EvaluateConfig:
     if config.method not in TRAIN_FREE:
         raise ValueError(f"method={config.method} cannot be chosen here: a trained method is named by its "
                          f"run_dir, and without training there is {', '.join(TRAIN_FREE)}")
-    found = zero_shot_config(config.encoder or "mini", config.query)
-    return dataclasses.replace(config, run_dir=zero_shot_folder(found, config.run_dir), encoder=found.encoder,
-                               dataset=config.dataset or TrainConfig.dataset)
+    dataset = config.dataset or TrainConfig.dataset
+    found = zero_shot_config(config.encoder, config.query, dataset=dataset, root=config.data_root)
+    folder = zero_shot_folder(found, config.run_dir)
+    return dataclasses.replace(config, run_dir=folder, encoder=found.encoder, dataset=dataset)
 
 # %% ../../nbs/trainer/07_evaluation_config.ipynb #bb041887
 def evaluation_config(values: dict) -> EvaluateConfig:

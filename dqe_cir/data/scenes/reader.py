@@ -61,7 +61,7 @@ WORLD = DrawnWorld(
     place=scene_place, answers=answers, phrases=caption_corpus,
     examples=("zoom in", "put everything on a white table"),
     values=ATTRIBUTES, excluding=(*NAMED[""], *NAMED["_colour"], *NAMED["_number"], "ground"),
-    kinds={"colour": NAMED["_colour"], "shape": NAMED[""]})
+    kinds={"colour": NAMED["_colour"], "shape": NAMED[""]}, encoder="mini-scenes")
 
 # %% ../../../nbs/data/scenes/04_reader.ipynb #8439346e
 SCENES = DatasetSpec(

@@ -15,7 +15,7 @@ from transformers import BlipConfig, BlipForImageTextRetrieval
 
 from ...core import resolve_device
 from ...data.pictures import squash, target_pad
-from ..blip2 import cast_tower
+from ..blip2 import cast_tower, shipped
 from .base import NativeEncoder, pretrained, random_model, tokenizer_of
 
 # %% ../../../nbs/encoder/native/04_blip.ipynb #de989f73
@@ -91,9 +91,9 @@ def load_blip(name: str = "mini", device: str = "auto", places: int | None = Non
 
     `places`, `longest`, `squash`: those of `BlipEncoder`. Weights that cannot be used raise `DataError`."""
     words, place = tokenizer_of(name), resolve_device(device)
-    model = small_blip(len(words)) if name == "mini" else pretrained(BlipForImageTextRetrieval, name)
+    model = small_blip(len(words)) if shipped(name) else pretrained(BlipForImageTextRetrieval, name)
     encoder = BlipEncoder(model, words, places, longest, squash).eval().to(place)
-    return cast_tower(encoder, torch.bfloat16) if place.type == "cuda" and name != "mini" else encoder
+    return cast_tower(encoder, torch.bfloat16) if place.type == "cuda" and not shipped(name) else encoder
 
 # %% ../../../nbs/encoder/native/04_blip.ipynb #19df356e
 @patch

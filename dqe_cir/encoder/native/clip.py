@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTextConfig
 
 from ...core import resolve_device
+from ..blip2 import shipped
 from .base import NativeEncoder, pretrained, random_model, tokenizer_of
 from .clip_resnet import ClipResNet, load_clip_resnet
 
@@ -81,9 +82,9 @@ class ClipResNetEncoder(ClipEncoder):
         return self.model.text(input_ids=input_ids, attention_mask=attention_mask).text_embeds
 
 # %% ../../../nbs/encoder/native/03_clip.ipynb #ddf822ef
-def small_clip() -> ClipResNetEncoder:
-    "A random small CLIP with a ResNet, and the vocabulary that ships with the repository."
-    words = tokenizer_of("mini")
+def small_clip(name: str = "mini") -> ClipResNetEncoder:
+    "A random small CLIP with a ResNet, and the vocabulary of an encoder that ships with the repository."
+    words = tokenizer_of(name)
     text = CLIPTextConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1,
                           projection_dim=64, vocab_size=len(words), max_position_embeddings=77,
                           pad_token_id=words.pad_token_id, bos_token_id=words.cls_token_id,
@@ -95,8 +96,8 @@ def small_clip() -> ClipResNetEncoder:
 def load_clip(name: str = "mini", device: str = "auto") -> ClipEncoder:
     """The CLIP of a hub id, a local folder or a checkpoint file, with a ResNet or a vision transformer.
 
-    `mini` is a random small one with a ResNet. Weights that cannot be used raise `DataError`."""
-    if name == "mini": encoder = small_clip()
+    `mini`, or another that ships, is a random small one with a ResNet. Weights that cannot be used raise `DataError`."""
+    if shipped(name): encoder = small_clip(name)
     elif found := load_clip_resnet(name): encoder = ClipResNetEncoder(*found)
     else: encoder = ClipEncoder(pretrained(CLIPModel, name), tokenizer_of(name))
     return encoder.to(resolve_device(device))

@@ -18,6 +18,7 @@ from transformers import ResNetConfig, ResNetModel, RobertaConfig, RobertaModel
 
 from ...core import resolve_device
 from ...data.pictures import CLIP_MEAN, CLIP_STD, as_rgb, normalise
+from ..blip2 import shipped
 from .base import NativeEncoder, pretrained, random_model, tokenizer_of
 
 # %% ../../../nbs/encoder/native/05_resnet.ipynb #69aa03dc
@@ -141,9 +142,9 @@ def image_map(self: ResNetEncoder, pixels: Tensor) -> Tensor:
     return self.image_tower(pixels).last_hidden_state.flatten(2).transpose(1, 2)
 
 # %% ../../../nbs/encoder/native/05_resnet.ipynb #234dfdec
-def small_reader(reads: str) -> nn.Module:
-    "A small random reader: an `lstm` that knows the words of the garments' captions, or a `roberta`."
-    words = tokenizer_of("mini")
+def small_reader(reads: str, name: str = "mini") -> nn.Module:
+    "A small random reader of the words of an encoder that ships: an `lstm`, or a `roberta`."
+    words = tokenizer_of(name)
     if reads == "lstm": return LSTMReader([word for word in words.get_vocab() if word.isalpha()], 64)
     config = RobertaConfig(vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                            num_attention_heads=4, max_position_embeddings=66, pad_token_id=words.pad_token_id)
@@ -164,9 +165,9 @@ def load_resnet(name: str = "mini", device: str = "auto", reads: str = "lstm",
                 stride: int = 2) -> ResNetEncoder:
     "The ResNet of a name with an LSTM, or ResNet and RoBERTa of `RESNET+ROBERTA`; `mini`: small random ones."
     place = resolve_device(device)
-    if name == "mini":
+    if shipped(name):
         config = ResNetConfig(embedding_size=16, hidden_sizes=[32, 48, 64, 96], depths=[1, 1, 1, 1])
-        model, reader = random_model(ResNetModel, config), small_reader(reads)
+        model, reader = random_model(ResNetModel, config), small_reader(reads, name)
         return ResNetEncoder(model, reader, 64, stride).eval().to(place)
     image, text = names_of_parts(name, reads)
     model = pretrained(ResNetModel, image)
