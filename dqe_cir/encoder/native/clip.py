@@ -96,7 +96,8 @@ def small_clip(name: str = "mini") -> ClipResNetEncoder:
 def load_clip(name: str = "mini", device: str = "auto") -> ClipEncoder:
     """The CLIP of a hub id, a local folder or a checkpoint file, with a ResNet or a vision transformer.
 
-    `mini`, or another that ships, is a random small one with a ResNet. Weights that cannot be used raise `DataError`."""
+    `mini`, or another that ships, is a random small one with a ResNet. Weights that cannot be used raise
+    `DataError`."""
     if shipped(name): encoder = small_clip(name)
     elif found := load_clip_resnet(name): encoder = ClipResNetEncoder(*found)
     else: encoder = ClipEncoder(pretrained(CLIPModel, name), tokenizer_of(name))
