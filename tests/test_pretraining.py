@@ -296,3 +296,42 @@ def test_the_shipped_model_finds_what_is_described(record):
     for name, share in record["figures"]["retrieval agreement"].items():
         agreement = np.mean([getattr(one, name) == getattr(other, name) for one, other in zip(found, garments)])
         assert agreement == pytest.approx(share, abs=0.06), name
+
+
+SCENES, SCENES_RECORD = MINI.parent / "mini-scenes", RECORD.with_name("pretrain_scenes.json")
+
+
+@pytest.fixture(scope="module")
+def of_scenes():
+    if not SCENES_RECORD.exists(): pytest.skip("the encoder of the scenes has no record yet")
+    return json.loads(SCENES_RECORD.read_text())
+
+
+def test_the_card_of_the_scenes_repeats_its_record(of_scenes):
+    "A row for each of the fourteen questions, a column for each test; sizes and seconds in the text."
+    card, figures = (SCENES / "README.md").read_text(), of_scenes["figures"]
+    rows = dict(re.findall(r"^\| (\w+) \| ([\d. |]+) \|$", card, re.M))
+    assert rows == {name: " | ".join(f"{100 * part[name]:.1f}" for part in figures.values()) for name in figures["grid probe"]}
+    assert f"| question | {' | '.join(figures)} |" in card and f"are {of_scenes['megabytes']} MB" in card
+    told = "{drawing} s for drawing, {teacher} s for the teacher, {tower} s for the tower and {Q-Former} s for the Q-Former: ".format(**of_scenes["seconds"])
+    assert f"{told}{sum(of_scenes['seconds'].values()):,} s" in card and sum(of_scenes["seconds"].values()) <= 1200
+
+
+def test_the_grid_of_the_scenes_encoder_reaches_its_goal(of_scenes):
+    "Kinds and colours of every group, on unseen scenes: at least 90 %."
+    probe = of_scenes["figures"]["grid probe"]
+    assert all(probe[f"{group}{part}"] >= 0.9 for group in ("dish", "thing", "toy") for part in ("", "_colour"))
+
+
+@pytest.mark.parametrize("folder", [MINI, SCENES], ids=lambda folder: folder.name)
+def test_the_card_of_an_encoder_that_ships_states_its_licence_and_its_sizes(folder):
+    from huggingface_hub import ModelCard
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "apache-2.0" and f'`load_encoder("{folder.name}")`' in card.text
+    if not (folder / "config.json").exists(): pytest.skip(f"{folder.name} does not ship yet")
+    config = json.loads((folder / "config.json").read_text())
+    vision, qformer = config["vision_config"], config["qformer_config"]
+    assert f"{vision['num_hidden_layers']} layers of width {vision['hidden_size']}, {vision['image_size']} x {vision['image_size']} pixels in patches of {vision['patch_size']}" in card.text
+    assert f"{qformer['num_hidden_layers']} layers of width {qformer['hidden_size']}, {qformer['num_attention_heads']} heads" in card.text
+    size = (folder / "model.safetensors").stat().st_size
+    assert size <= 8_000_000 and f"{size / 1e6:.2f} MB" in card.text

@@ -9,10 +9,10 @@ __all__ = ['QUESTIONS', 'CURRICULA', 'ANSWERS', 'Curriculum', 'make_garments', '
            'new_encoder', 'grid_positions', 'initialise_tower', 'train_tower', 'take_tower', 'similar_rows',
            'match_loss', 'new_itm_head', 'itm_pairs', 'itm_logits', 'train_qformer', 'encode_pictures', 'probe',
            'retrieval_agreement', 'another', 'matching_accuracy', 'examine', 'as_blip2', 'save_encoder',
-           'PretrainConfig']
+           'PretrainConfig', 'pretrain_command']
 
 # %% ../../nbs/encoder/04_pretraining.ipynb #10cccbfe
-import contextlib, itertools, math, re, shutil, string, tempfile
+import contextlib, itertools, math, re, shlex, shutil, string, tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -526,3 +526,11 @@ class PretrainConfig:
     tower: str = ""  # an encoder whose frozen tower is taken instead of training one
     folder: str = "runs/mini"  # where the model goes; dqe_cir/assets/mini replaces the one that ships
     record: str = ""  # a JSON file for the figures; empty: <folder>/pretrain.json
+
+# %% ../../nbs/encoder/04_pretraining.ipynb #47cb86ef
+def pretrain_command(config: PretrainConfig) -> str:
+    "The papermill line of a pretraining, with every parameter that differs from its default."
+    usual = vars(PretrainConfig())
+    words = [f"-p {name} {shlex.quote(str(value))}" for name, value in vars(config).items()
+             if value != usual[name]]
+    return " ".join(["papermill nbs/pretrain.ipynb runs/pretrain.ipynb", *words])
