@@ -524,10 +524,10 @@ class PretrainConfig:
     seed: int = 0
     pictures: int = 8100  # drawn for training
     probe_pictures: int = 2100  # drawn for the tests, never trained on
-    teacher_steps: int = None  # None: the schedule of the world, as for the next three
-    tower_steps: int = None
-    qformer_steps: int = None
-    qformer_rate: float = None
+    teacher_steps: int | None = None  # None: the schedule of the world, as for the next three
+    tower_steps: int | None = None
+    qformer_steps: int | None = None
+    qformer_rate: float | None = None
     matching: bool = False  # train the joint pass too
     tower: str = ""  # an encoder whose frozen tower is taken instead of training one
     folder: str = "runs/mini"  # where the model goes; dqe_cir/assets/mini replaces the one that ships
