@@ -1032,6 +1032,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                           'dqe_cir/encoder/pretraining.py'),
                                              'dqe_cir.encoder.pretraining.save_encoder': ( 'encoder/pretraining.html#save_encoder',
                                                                                            'dqe_cir/encoder/pretraining.py'),
+                                             'dqe_cir.encoder.pretraining.scheduled': ( 'encoder/pretraining.html#scheduled',
+                                                                                        'dqe_cir/encoder/pretraining.py'),
                                              'dqe_cir.encoder.pretraining.seeded': ( 'encoder/pretraining.html#seeded',
                                                                                      'dqe_cir/encoder/pretraining.py'),
                                              'dqe_cir.encoder.pretraining.similar_rows': ( 'encoder/pretraining.html#similar_rows',

@@ -9,7 +9,7 @@ __all__ = ['QUESTIONS', 'CURRICULA', 'ANSWERS', 'Curriculum', 'make_garments', '
            'new_encoder', 'grid_positions', 'initialise_tower', 'train_tower', 'take_tower', 'similar_rows',
            'match_loss', 'new_itm_head', 'itm_pairs', 'itm_logits', 'train_qformer', 'encode_pictures', 'probe',
            'retrieval_agreement', 'another', 'matching_accuracy', 'examine', 'as_blip2', 'save_encoder',
-           'PretrainConfig', 'pretrain_command']
+           'PretrainConfig', 'scheduled', 'pretrain_command']
 
 # %% ../../nbs/encoder/04_pretraining.ipynb #10cccbfe
 import contextlib, itertools, math, re, shlex, shutil, string, tempfile
@@ -51,6 +51,7 @@ class Curriculum:
     corpus: Callable  # () to every text that is said of it
     alike: dict[str, int]  # of a hard batch: the number of answers that a question may have
     mirrored: bool  # does a mirror image show the same?
+    schedule: dict[str, float]  # steps of every stage, and the Q-Former's learning rate
 
     @property
     def answers(self) -> list[int]:
@@ -86,9 +87,13 @@ def make_scenes(count: int, rng: np.random.Generator) -> tuple[list[Scene], np.n
 # %% ../../nbs/encoder/04_pretraining.ipynb #a1645237
 CURRICULA = {
     "garments": Curriculum(QUESTIONS, make_garments, draw_garment, caption_of, caption_corpus,
-                           alike={"category": 1, "colour": 2}, mirrored=True),
+                           alike={"category": 1, "colour": 2}, mirrored=True,
+                           schedule=dict(teacher_steps=350, tower_steps=1300, qformer_steps=900,
+                                         qformer_rate=2.5e-3)),
     "scenes": Curriculum(SCENE_ATTRIBUTES, make_scenes, draw_scene, scene_caption, scene_corpus,
-                         alike={"dish": 2, "thing": 2, "toy": 3}, mirrored=False),
+                         alike={"dish": 2, "thing": 2, "toy": 3}, mirrored=False,
+                         schedule=dict(teacher_steps=1000, tower_steps=4000, qformer_steps=2400,
+                                       qformer_rate=1e-3)),
 }
 
 # %% ../../nbs/encoder/04_pretraining.ipynb #b1f41928
@@ -519,13 +524,22 @@ class PretrainConfig:
     seed: int = 0
     pictures: int = 8100  # drawn for training
     probe_pictures: int = 2100  # drawn for the tests, never trained on
-    teacher_steps: int = 350
-    tower_steps: int = 1300
-    qformer_steps: int = 900
+    teacher_steps: int | None = None  # None: the schedule of the world, as for the next three
+    tower_steps: int | None = None
+    qformer_steps: int | None = None
+    qformer_rate: float | None = None
     matching: bool = False  # train the joint pass too
     tower: str = ""  # an encoder whose frozen tower is taken instead of training one
     folder: str = "runs/mini"  # where the model goes; dqe_cir/assets/mini replaces the one that ships
     record: str = ""  # a JSON file for the figures; empty: <folder>/pretrain.json
+
+# %% ../../nbs/encoder/04_pretraining.ipynb #5c1e07d4
+def scheduled(config: PretrainConfig) -> PretrainConfig:
+    "The parameters, those that are None from the schedule of their world."
+    if config.world not in CURRICULA:
+        raise ValueError(f"unknown world {config.world!r}; known: {', '.join(CURRICULA)}")
+    own = CURRICULA[config.world].schedule
+    return replace(config, **{name: value for name, value in own.items() if getattr(config, name) is None})
 
 # %% ../../nbs/encoder/04_pretraining.ipynb #47cb86ef
 def pretrain_command(config: PretrainConfig) -> str:
