@@ -113,7 +113,7 @@ REASONS = {
     "in_batch": "another target of the batch, which costs no mining",
     "qure": "the band between two drops of the score, over the whole ranking, as in the code of QuRe",
     "qure_window": "the same over the first hundred, as in the text of QuRe",
-    "sprc": "the strongest published method that is trained here, on the same encoder by the same recipe",
+    "sprc": "the method of other authors, on the same encoder by the same recipe",
 }
 
 # %% ../../nbs/studies/01_ablation.ipynb #5ab1c0d3
