@@ -163,8 +163,8 @@ def load(cls: Retriever, source: str | Path = "", device: str = "auto", encoder:
     """The retriever of a run folder, an exported folder, a model that ships (`garments`), `zero_shot` (the
     `encoder` as it is), or (empty) the newest run, else the one that ships; with its index if it has one, or
     with the pictures in a `store`, an engine of the page `beyond_memory`. `encoder` says where the encoder
-    lies, if not where the training had it; `zero_shot` without one takes that of the `dataset` to be searched.
-    Other folders raise `DataError`, and so does a damaged index."""
+    lies, if not where the training had it; `zero_shot` without one takes that of the `dataset` to be
+    searched. Other folders raise `DataError`, and so does a damaged index."""
     if str(source) == "zero_shot": return cls.zero_shot(encoder, device=device, store=store, dataset=dataset)
     folder = model_folder(source)
     method, config = load_run(folder, device, encoder)

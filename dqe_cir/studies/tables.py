@@ -496,7 +496,8 @@ def with_board(study: dict, board: dict) -> dict:
     rows = {row_name(name, "common"): name for pair in CLAIMS for name in pair}
     taken = {row: name for row, name in rows.items() if name not in study["conditions"]
              and CONDITIONS[name].items() <= board["conditions"].get(row, {}).items()}
-    more = [run | {"condition": taken[run["condition"]]} for run in board["runs"] if run["condition"] in taken]
+    more = [run | {"condition": taken[run["condition"]]}
+            for run in board["runs"] if run["condition"] in taken]
     conditions = {name: board["conditions"][row] for row, name in taken.items()}
     return study | {"conditions": study["conditions"] | conditions, "runs": study["runs"] + more}
 
@@ -512,7 +513,8 @@ def where_it_holds(found: dict[str, tuple[float, float] | None]) -> str:
     "The verdict on a claim, from its difference in each world."
     words = {world: outcome(*difference) for world, difference in found.items() if difference}
     absent = ["not run on " + " and ".join(world for world in found if world not in words)]
-    if len(words) < len(found): return ", ".join([f"{HELD[words[world]]} on {world}" for world in words] + absent)
+    if len(words) < len(found):
+        return ", ".join([f"{HELD[word]} on {world}" for world, word in words.items()] + absent)
     above = [world for world, word in words.items() if word == "is above"]
     below = [world for world, word in words.items() if word == "is below"]
     if above and below: return "**opposite**"
@@ -557,8 +559,9 @@ def parting(pair: tuple[str, str], found: dict[str, tuple[float, float]]) -> str
     if words[one] == words[other] and abs(gap) <= room: return ""
     told = " and ".join(f"{words[world]} `{pair[1]}` on {world} ({mean:+.1f} ± {half:.1f})"
                         for world, (mean, half) in found.items())
-    if abs(gap) <= room: close = f"but the two differences cannot be told apart ({abs(gap):.1f}, within {room:.1f})"
-    else: close = f"they lie {abs(gap):.1f} apart, more than both intervals explain ({room:.1f})"
+    close = f"they lie {abs(gap):.1f} apart, more than both intervals explain ({room:.1f})"
+    if abs(gap) <= room:
+        close = f"but the two differences cannot be told apart ({abs(gap):.1f}, within {room:.1f})"
     return f"`{pair[0]}` {told}; {close}."
 
 def partings(studies: dict[str, dict | None]) -> Markdown:
