@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 from helpers import ROOT, papermill, private_environment
 
 RUNNER_NAMES = ("train", "evaluate", "pretrain", "ablate", "search", "leaderboard", "inspect_run")
-PAGE_NAMES = ("evidence", "results", "own_data")  # pages that export nothing
+PAGE_NAMES = ("evidence", "worlds", "results", "own_data")  # pages that export nothing
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb")
                    if ".ipynb_checkpoints" not in path.parts and not path.name.startswith("_"))
 RUNNERS = [path for path in NOTEBOOKS if path.stem in RUNNER_NAMES]

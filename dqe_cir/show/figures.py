@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'REFRESHES', 'STAMPS', 'empty_figure', 'line_figure', 'side_by_side', 'loss_figure', 'metric_figure',
-           'refresh_figure', 'interval_figure', 'label_places', 'point_figure', 'data_title', 'table_title',
-           'text_table', 'metrics_table', 'plain_table', 'told', 'banner']
+           'refresh_figure', 'interval_figure', 'interval_columns', 'label_places', 'point_figure', 'data_title',
+           'table_title', 'text_table', 'metrics_table', 'plain_table', 'told', 'banner']
 
 # %% ../../nbs/show/01_figures.ipynb #b7dda0d3
 import html
@@ -95,6 +95,20 @@ def interval_figure(rows: dict[str, tuple[float, float]], title: str, x: str) ->
         figure.add_scatter(x=[mean], y=[name], mode="markers", marker=dict(size=10, color=colour),
                            error_x=dict(array=[half], color=colour, thickness=2.5, width=5))
     return figure.update_yaxes(autorange="reversed", showgrid=False)
+
+# %% ../../nbs/show/01_figures.ipynb #9d679865
+def interval_columns(columns: dict[str, dict[str, tuple[float, float]]], title: str, x: str) -> go.Figure:
+    "A forest plot in each column of named (mean, half-width) pairs; the rows of all columns are the same."
+    rows = list(dict.fromkeys(name for column in columns.values() for name in column))
+    figure = make_subplots(1, len(columns), shared_yaxes=True, subplot_titles=list(columns))
+    for place, pairs in enumerate(columns.values(), 1):
+        for trace in interval_figure(pairs, "", x).data: figure.add_trace(trace, row=1, col=place)
+        figure.add_vline(x=0, line_color="#4f4f4f", line_width=1, row=1, col=place)
+        figure.update_xaxes(title=x, row=1, col=place)
+    order = dict(categoryorder="array", categoryarray=rows, range=[len(rows) - 0.5, -0.5], showgrid=False)
+    return figure.update_yaxes(**order).update_layout(
+        title=title, template="plotly_white", showlegend=False, width=300 + 280 * len(columns),
+        height=130 + 25 * len(rows), margin=dict(l=190, r=20, t=80, b=50))
 
 # %% ../../nbs/show/01_figures.ipynb #b52ed64d
 def label_places(points: dict[str, tuple[float, float, float]]) -> dict[str, str]:

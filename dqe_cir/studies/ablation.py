@@ -14,9 +14,9 @@ __all__ = ['TERMS', 'NO_TERMS', 'TUNED', 'DQE', 'OURS', 'PLAIN', 'PAPER', 'SOURC
            'recorded_conditions', 'at_home', 'read_record', 'check_record', 'check_study', 'as_texts', 'study_config',
            'small_study', 'interval', 'values_of', 'shared_seeds', 'paired', 'mean_and_spread', 'summary_table',
            'difference_table', 'outcome', 'finding', 'findings', 'query_values', 'over_queries', 'queries_table',
-           'kept_of', 'study_record', 'read_study', 'source_line', 'study_report', 'seed_spread', 'compare_run',
-           'against_table', 'against_report', 'check_against', 'telling_rows', 'side_by_side', 'draw_sheet',
-           'means_report', 'differences_report', 'sheet_of']
+           'kept_of', 'study_record', 'bare_points', 'read_study', 'source_line', 'study_report', 'seed_spread',
+           'compare_run', 'against_table', 'against_report', 'check_against', 'telling_rows', 'side_by_side',
+           'draw_sheet', 'measures_of', 'means_report', 'differences_report', 'sheet_of']
 
 # %% ../../nbs/studies/01_ablation.ipynb #c96b4c61
 import dataclasses, functools, hashlib, json, math, multiprocessing, re, shutil
@@ -36,6 +36,7 @@ from ..data.base import CIRDataset
 from ..data.datasets import SPECS, load_dataset
 from ..data.drawn import without_script
 from ..encoder.tokens import cache_tokens
+from ..evaluator.reference_points import chance, reference_points
 from ..evaluator.scoring import encode_gallery, encode_queries, evaluate, gallery_rows, kinds_of
 from ..files import DataError, append_jsonl, read_json, read_jsonl, read_tensors, replacing
 from ..files import write_json, write_tensors
@@ -113,7 +114,7 @@ REASONS = {
     "in_batch": "another target of the batch, which costs no mining",
     "qure": "the band between two drops of the score, over the whole ranking, as in the code of QuRe",
     "qure_window": "the same over the first hundred, as in the text of QuRe",
-    "sprc": "the strongest published method that is trained here, on the same encoder by the same recipe",
+    "sprc": "the method of other authors, on the same encoder by the same recipe",
 }
 
 # %% ../../nbs/studies/01_ablation.ipynb #5ab1c0d3
@@ -594,10 +595,10 @@ def rated(self: StudyConfig) -> dict[str, dict]:
     rated = {}
     for name, changes in self.named.items():
         kind = kind_of(train_config(changes))
-        if kind not in found and "lr" not in changes:
+        if kind not in found:
             raise ValueError(f"{path} has no learning rate for {kind} ({name}): run the search of "
                              "nbs/leaderboard.ipynb first, or give -p rates preset")
-        rated[name] = {"lr": found.get(kind)} | changes
+        rated[name] = {"lr": found[kind]} | changes
     return rated
 
 # %% ../../nbs/studies/01_ablation.ipynb #c27ef91c
@@ -826,6 +827,16 @@ def study_record(
             "over queries": queries_table(config.folder, records, usual if pairs is None else pairs),
             "runs": [kept_of(r) for r in records]}
 
+# %% ../../nbs/studies/01_ablation.ipynb #12ace7e8
+def bare_points(job: Job) -> dict[str, dict[str, float]]:
+    "Name to metrics in percent of `reference_points` and of chance on a job's queries, on its encoder."
+    method, dataset = build_method(job.config).eval(), load_sets(job.config)[1]
+    tokens = cache_tokens(method.encoder, dataset, progress=False, on=job.config.tokens_on)
+    points = reference_points(method.encoder, dataset, tokens, untrained=method)
+    points["chance"] = chance(dataset)
+    return {name: {measure: round(value, 3) for measure, value in metrics.items() if value is not None}
+            for name, metrics in points.items()}
+
 # %% ../../nbs/studies/01_ablation.ipynb #cc3170ad
 def read_study(name: str) -> dict | None:
     "The record `data/results/NAME.json` of the checkout; None if there is none."
@@ -951,17 +962,23 @@ def draw_sheet(config: StudyConfig, jobs: list[Job]) -> Path:
 MEASURES = ("mAP", "R@10", "R@50", "top-1 valid", "top-1 colour", "top-1 shape", "false negatives",
             "suppressed", "confused")
 
+def measures_of(records: list[dict]) -> list[str]:
+    "What a report shows: `MEASURES`, behind the first subset recall where queries have a group to rank."
+    grouped = any("Rs@1" in record["metrics"] for record in records)
+    return [MEASURES[0], *["Rs@1"][:grouped], *MEASURES[1:]]
+
 def means_report(config: StudyConfig, records: list[dict]) -> Markdown:
     "Means and standard deviations over seeds."
-    table = summary_table(records, MEASURES)
-    return text_table(table, ["seeds", *MEASURES], f"{config.dataset} {config.evaluate_on}, percent")
+    measures = measures_of(records)
+    title = f"{config.dataset} {config.evaluate_on}, percent"
+    return text_table(summary_table(records, measures), ["seeds", *measures], title)
 
 def differences_report(config: StudyConfig, records: list[dict]) -> Markdown:
     "Differences to the baseline with their intervals; or why there are none."
     if config.baseline not in config.named: return Markdown(f"`{config.baseline}` is not in this study.")
     if len(config.seed_list) < 2: return Markdown("One seed: no intervals.")
-    table = difference_table(records, config.baseline, MEASURES)
-    return text_table(table, list(MEASURES), f"difference to {config.baseline}, points")
+    table = difference_table(records, config.baseline, measures_of(records))
+    return text_table(table, measures_of(records), f"difference to {config.baseline}, points")
 
 def sheet_of(config: StudyConfig, jobs: list[Job]) -> Image.Image | None:
     "The sheet of the pair, written and read again; None where none was asked for."
