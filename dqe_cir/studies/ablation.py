@@ -34,6 +34,7 @@ from transformers.utils import logging
 from ..core import checked, checkout, environment, generator, git
 from ..data.base import CIRDataset
 from ..data.datasets import SPECS, load_dataset
+from ..data.drawn import without_script
 from ..encoder.tokens import cache_tokens
 from ..evaluator.reference_points import chance, reference_points
 from ..evaluator.scoring import encode_gallery, encode_queries, evaluate, gallery_rows, kinds_of
@@ -482,7 +483,7 @@ def in_processes(step, jobs: list[Job], workers: int):
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=hide_bars) as pool:
-        waiting = {pool.submit(step, job): job for job in jobs}
+        with without_script(): waiting = {pool.submit(step, job): job for job in jobs}
         for done in as_completed(waiting): yield waiting[done], done.result()
 
 # %% ../../nbs/studies/01_ablation.ipynb #5ab1c0db
