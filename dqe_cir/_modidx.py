@@ -3105,6 +3105,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                 'dqe_cir/studies/tables.py'),
                                         'dqe_cir.studies.tables.parting': ('studies/tables.html#parting', 'dqe_cir/studies/tables.py'),
                                         'dqe_cir.studies.tables.partings': ('studies/tables.html#partings', 'dqe_cir/studies/tables.py'),
+                                        'dqe_cir.studies.tables.points_in': ('studies/tables.html#points_in', 'dqe_cir/studies/tables.py'),
                                         'dqe_cir.studies.tables.points_of': ('studies/tables.html#points_of', 'dqe_cir/studies/tables.py'),
                                         'dqe_cir.studies.tables.points_table': ( 'studies/tables.html#points_table',
                                                                                  'dqe_cir/studies/tables.py'),

@@ -314,7 +314,7 @@ def test_the_card_of_the_scenes_repeats_its_record(of_scenes):
     assert rows == {name: " | ".join(f"{100 * part[name]:.1f}" for part in figures.values()) for name in figures["grid probe"]}
     assert f"| question | {' | '.join(figures)} |" in card and f"are {of_scenes['megabytes']} MB" in card
     told = "{drawing} s for drawing, {teacher} s for the teacher, {tower} s for the tower and {Q-Former} s for the Q-Former: ".format(**of_scenes["seconds"])
-    assert f"{told}{sum(of_scenes['seconds'].values()):,} s" in card and of_scenes["command"] in card.replace("\\\n ", "")
+    assert f"{told}{sum(of_scenes['seconds'].values()):,} s" in card and of_scenes["command"] in card.replace("\\\n  ", "")
     for stage in ("teacher", "tower", "qformer"): assert f"({CURRICULA['scenes'].schedule[f'{stage}_steps']:,} steps" in card
 
 

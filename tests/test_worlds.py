@@ -132,7 +132,8 @@ def test_the_page_on_two_small_records(results):
     assert verdicts["`dqe_cir` above `info_nce`"] == "holds on both" and verdicts["`paper` above `info_nce`"] == "**opposite**"
     assert verdicts["`trns` above `random`"] == "on garments only" and verdicts["`sprc` above `info_nce`"] == "holds on both"
     assert verdicts["`hand_lists` above `dqe_cir`"] == "on neither" and verdicts["`trns` above `qure`"] == "holds on both"
-    for part in (claims_table(studies), partings(studies), points_table(studies), hardness(studies), subset_table(studies["scenes"])): assert part.data in told
+    points = {world: points_of(world, study) for world, study in studies.items()}
+    for part in (claims_table(studies), partings(studies), points_table(studies, points), hardness(studies, points), subset_table(studies["scenes"])): assert part.data in told
     assert "| image only | 6.0 | 3.0 | 6.0 | 3.0 | 26.0 |" in told and "8 of 8 claims were run on both." in told
     assert len(claims_figure(studies).data) == 2 * len(CLAIMS) and told.count("Rs@1") > 3
 
@@ -146,7 +147,7 @@ def test_the_page_without_any_record_says_how_to_make_them(results):
 
 def test_the_page_with_one_record_says_what_is_missing(results):
     keep(results, "evidence", record("garments", points=False))
-    keep(results, "a-run", dict(data="garments", split="val", reference_points={"late fusion": {"mAP": 17.8, "R@10": 25.0}}, environment={"time": "2026"}))
+    keep(results, "a-run", dict(data="garments", split="val", method="info_nce", encoder="mini", reference_points={"late fusion": {"mAP": 17.8, "R@10": 25.0}}, environment={"time": "2026"}))
     told = page()
     assert "holds on garments, not run on scenes" in told and "reversed on garments, not run on scenes" in told and "undecided on garments" in told
     assert evidence_command("scenes") in told and "| late fusion | 17.8 | 25.0 | – | – | – |" in told

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'STATUSES', 'CATEGORIES', 'GIGA_OPERATIONS', 'PAPER_TABLE', 'ENCODERS', 'VALIDATION', 'CLAIMS', 'HELD',
-           'read_line', 'committed', 'read_figures', 'by_system', 'averages', 'disagreements', 'printed_cells',
+           'ASKED', 'read_line', 'committed', 'read_figures', 'by_system', 'averages', 'disagreements', 'printed_cells',
            'read_runs', 'worlds', 'worlds_of', 'is_study', 'why_no_result', 'runs_of', 'described', 'latest', 'verdict',
            'method_name', 'side_by_side', 'drawn_cells', 'figures_of', 'mean_of', 'training_work', 'needs',
            'training_needs', 'to_run', 'benchmarks', 'not_run', 'status_table', 'systems_table', 'paper_table',
            'other_table', 'conditions_of', 'conditions_table', 'own_table', 'not_run_table', 'left_out_table',
            'zero_shot_needs', 'zero_shot_table', 'evidence_name', 'evidences', 'evidence_command', 'with_board',
            'apart', 'where_it_holds', 'differences_by_world', 'claims_table', 'difference_cell', 'claims_figure',
-           'parting', 'partings', 'points_of', 'points_table', 'means_of', 'hardness', 'subset_table']
+           'parting', 'partings', 'points_in', 'points_of', 'points_table', 'means_of', 'hardness', 'subset_table']
 
 # %% ../../nbs/studies/03_tables.ipynb #2bf42245
 import collections, csv, json, math, re
@@ -21,7 +21,8 @@ import plotly.graph_objects as go
 from IPython.display import Markdown
 
 from ..data.datasets import SPECS
-from ..evaluator.reference_points import chance
+from ..evaluator.reference_points import chance, oracle
+from ..evaluator.scoring import evaluate_scores
 from ..files import DataError, read_json
 from ..methods.zoo import METHODS, TRAIN_FREE
 from ..retriever.drawn import drawn_at_once
@@ -575,21 +576,32 @@ def partings(studies: dict[str, dict | None]) -> Markdown:
     return Markdown("\n".join([f"{count}.", "", *(f"* {line}" for line in lines)]))
 
 # %% ../../nbs/studies/03_tables.ipynb #9f19f416
+ASKED = {"image": "image only", "text": "text only", "sum": "late fusion", "joint": "joint, untrained"}
+
+def points_in(record: dict) -> dict[str, dict]:
+    "The reference points in the record of one run: those of a training, or an encoder as it is."
+    if record.get("method") in TRAIN_FREE: return {ASKED[record["query"]]: record["metrics"]}
+    return record.get("reference_points", {})
+
 def points_of(world: str, study: dict | None, folder: Path | str | None = None) -> dict[str, dict]:
     "Name to metrics in percent of the reference points of a drawn world; empty where no record has them."
     if study and study.get("reference points"): return study["reference points"]
     records = [read_json(path) for path in sorted(Path(folder or committed("results")).glob("*.json"))]
-    told = [record for record in records if isinstance(record, dict) and record.get("data") == world]
-    newest = max((record for record in told if record.get("reference_points")),
-                 key=lambda record: record["environment"]["time"], default=None)
-    if newest is None: return {}
-    return newest["reference_points"] | {"chance": chance(drawn_at_once(world, newest["split"], "full"))}
+    own = [record for record in records if isinstance(record, dict) and record.get("data") == world
+           and record.get("encoder") == SPECS[world].drawn.encoder and record.get("split") == "val"]
+    found = {}
+    for record in sorted(own, key=lambda record: record["environment"]["time"]): found |= points_in(record)
+    if not found: return {}
+    dataset = drawn_at_once(world, "val", "full")
+    known = {"oracle": evaluate_scores(dataset, oracle(dataset)).metrics, "chance": chance(dataset)}
+    return {name: found[name] for name in ASKED.values() if name in found} | known
 
-def points_table(studies: dict[str, dict | None], folder: Path | str | None = None) -> Markdown:
-    "The reference points of every world, and what its tuned baseline and default reach, in percent."
+# %% ../../nbs/studies/03_tables.ipynb #7a4defc3
+def points_table(studies: dict[str, dict | None], points: dict[str, dict]) -> Markdown:
+    "`points_of` every world, and what its tuned baseline and default reach, in percent."
     rows, columns = {}, []
     for world, study in studies.items():
-        found = points_of(world, study, folder)
+        found = points[world]
         for name in ("info_nce", "dqe_cir"):
             if study and name in study["conditions"]: found = found | {f"`{name}`": means_of(study, name)}
         measures = ["mAP", "R@10", *["Rs@1"][:SPECS[world].subsets]]
@@ -606,18 +618,19 @@ def means_of(study: dict, condition: str) -> dict[str, float]:
     return {name: mean_of(own, name) for name in known}
 
 # %% ../../nbs/studies/03_tables.ipynb #71300eab
-def hardness(studies: dict[str, dict | None], folder: Path | str | None = None) -> Markdown:
+def hardness(studies: dict[str, dict | None], points: dict[str, dict]) -> Markdown:
     "How far one gets in each world without training, and with the tuned baseline, in sentences."
     lines = []
     for world, study in studies.items():
-        found = points_of(world, study, folder)
-        bare = {name: found[name]["mAP"] for name in found if name not in ("oracle", "chance")}
-        if not bare or not study or "info_nce" not in study["conditions"]:
-            lines.append(f"* {world}: **not run**.")
-            continue
-        best, tuned = max(bare, key=bare.get), means_of(study, "info_nce")["mAP"]
-        lines.append(f"* {world}: without training {best} gets furthest, {bare[best]:.1f} of mAP; the tuned "
-                     f"baseline reaches {tuned:.1f}, and leaves {100 - tuned:.1f} to who knows every answer.")
+        bare = {name: points[world][name]["mAP"] for name in ASKED.values() if name in points[world]}
+        if not bare: lines.append(f"* {world}: **not run**.")
+        if not bare: continue
+        best = max(bare, key=bare.get)
+        trained = "**not run**: the tuned baseline."
+        if study and "info_nce" in study["conditions"]:
+            tuned = means_of(study, "info_nce")["mAP"]
+            trained = f"the tuned baseline reaches {tuned:.1f}, {100 - tuned:.1f} below who knows every answer."
+        lines.append(f"* {world}: without training {best} gets furthest, {bare[best]:.1f} of mAP; {trained}")
     return Markdown("\n".join(lines))
 
 # %% ../../nbs/studies/03_tables.ipynb #078a66e7
