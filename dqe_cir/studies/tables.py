@@ -446,7 +446,7 @@ def zero_shot_table(runs: list[dict]) -> Markdown:
     for run in shown:
         cells = next(iter(summary_table([run], measures).values()))
         name = f"{run['encoder']}, {run['condition'].rpartition(' ')[2]} (`{run['record']}`)"
-        kind = f"{run['data']} benchmark" if run["data"] in worlds() else "run here"
+        kind = f"{run['data']} benchmark" if run["data"] in worlds() else "reproduced"
         rows[name] = cells | {"data": f"{run['dataset']} {run['split']}", "status": kind}
     done = {(run["encoder"], run["dataset"]) for run in shown}
     for encoder in ENCODERS:
