@@ -176,7 +176,7 @@ if __name__ == "__main__":
     shapes = [tuple(map(int, sys.argv[1:4]))] if len(sys.argv) > 3 else SHAPES
     ways = sys.argv[4:] or list(WAYS)
     path = ROOT / "data" / "results" / "search-times.json"
-    unit = "CPU seconds or milliseconds of one process and one thread, the least of 19 queries after a first; GiB of resident memory at its highest, and `own` without pages of files, at the end"
+    unit = "CPU seconds or milliseconds of one process, the least of 19 queries after a first; GiB of resident memory at its highest, and `own` without pages of files, at the end"
     rows = {(old["pictures"], old["vectors"], old["numbers"]): old for old in read_json(path)["rows"]} if path.exists() else {}
     for shape in shapes:
         rows[shape] = row(shape, ways, rows.get(shape, {}))
