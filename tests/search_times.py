@@ -2,10 +2,13 @@
 
 python tests/search_times.py                     writes data/results/search-times.json
 python tests/search_times.py 100000 1 256        one gallery: pictures, vectors of each, numbers of each vector; the other rows stay
-                                                 with --no-engine behind it: without Qdrant
+python tests/search_times.py 100000 1 256 qdrant    one gallery in Qdrant alone; the other ways of its row stay (others of them
+                                                    stand on `written`)
 
-Every way has a process of its own, so that its memory is its own; the least of five queries counts. Vectors are random, since time and bytes depend on
-shapes alone; the engine's answers are compared with those of the index."""
+Every way has a process of its own, so that its memory is its own, and Qdrant two: one that writes, one that opens the folder and asks. Twenty queries are
+asked, and the least time counts. Vectors are random, since time and bytes depend on shapes alone; the ten pictures found for each query are kept as a hash
+of their names, by which the ways of a row are compared."""
+import hashlib
 import json
 import multiprocessing
 import resource
@@ -14,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.nn.functional import normalize
@@ -22,7 +26,7 @@ from helpers import ROOT
 
 from dqe_cir.core import environment, generator
 from dqe_cir.files import read_json, write_json
-from dqe_cir.retriever import QdrantFolder, Retriever
+from dqe_cir.retriever import QdrantFolder, Retriever, index
 from dqe_cir.retriever.beyond_memory import StoredPictures
 
 SHAPES = [(100_000, 1, 256), (100_000, 8, 64), (1_000_000, 1, 256), (1_000_000, 8, 64)]
@@ -52,17 +56,28 @@ def least(act, times=5):
 def peak(): return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
+def own():
+    "GiB that are the process's alone, pages of files not counted: what the system cannot take back."
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return round(int(status["RssAnon"].split()[0]) / 2**20, 2)
+
+
+def asked_each(ask, shape) -> dict:
+    "CPU milliseconds of the first of twenty queries, and the least of the others; a hash of all that was found."
+    taken = [least(lambda: [name for name, _ in ask(query[None])], 1) for query in queries(shape, 20)]
+    answers = hashlib.blake2b(json.dumps([names for _, names in taken]).encode(), digest_size=8).hexdigest()
+    return {"first query ms": 1000 * taken[0][0], "query ms": 1000 * min(seconds for seconds, _ in taken[1:]), "answers": answers}
+
+
 def empty():
     shipped = Retriever.load("garments", device="cpu")
     return Retriever(shipped.method, shipped.config)
 
 
 def asked(retriever, shape) -> dict:
-    one, many = queries(shape, 1), queries(shape, 32)
-    first, _ = least(lambda: retriever.best(one, 10), 1)
-    again, found = least(lambda: retriever.best(one, 10))
-    block, _ = least(lambda: retriever.best_places(many, 10), 2)
-    return {"first query ms": 1000 * first, "query ms": 1000 * again, "32 queries ms": 1000 * block, "peak GiB": peak(), "found": [name for name, _ in found]}
+    found = asked_each(lambda query: retriever.best(query, 10), shape)
+    block, _ = least(lambda: retriever.best_places(queries(shape, 32), 10), 2)
+    return {**found, "32 queries ms": 1000 * block, "peak GiB": peak(), "own GiB": own()}
 
 
 def written(shape, folder) -> dict:
@@ -76,10 +91,8 @@ def written(shape, folder) -> dict:
 
 def at_hand(shape, folder, bytes_at_hand) -> dict:
     "An index read from its file, held in float32 or left where it is."
-    from dqe_cir.retriever import index
-    index.AT_HAND = bytes_at_hand
     retriever = empty()
-    taken, read = least(lambda: retriever.read_index(folder), 1)
+    with mock.patch.object(index, "AT_HAND", bytes_at_hand): taken, read = least(lambda: retriever.read_index(folder), 1)
     assert read
     return {"read s": taken, **asked(retriever, shape)}
 
@@ -88,50 +101,84 @@ def in_memory(shape, folder): return at_hand(shape, folder, 2**40)
 def in_its_file(shape, folder): return at_hand(shape, folder, 0)
 
 
-def qdrant(shape, folder) -> dict:
+def added(shape, folder) -> dict:
+    "A thousand pictures more, here and there among those of the index. Walking the folder, reading every file and encoding are left out."
+    names = sorted([f"{i:07}.png" for i in range(shape[0])] + [f"{i * shape[0] // 1000:07} new.png" for i in range(1000)])
+    keys = {name: name if "new" in name else f"{int(name[:7]):032x}" for name in names}
+    pictures = index.Pictures("/pictures", {name: Path("/pictures", name) for name in names}, keys, {}, Path("/pictures"))
+    vectors = next(pieces((1000, *shape[1:]))).float()
+
+    def encoded(self, files, wanted, known, progress, keep):
+        known |= zip(wanted, vectors)
+        keep(known)
+        return {}
+
+    retriever = empty()
+    with mock.patch.object(index, "pictures_of", lambda _: pictures), mock.patch.object(Retriever, "encode_files", encoded):
+        taken, report = least(lambda: retriever.index("/pictures", folder), 1)
+    assert (len(report.new), len(report.kept)) == (1000, shape[0])
+    made, highest = retriever.embeddings.half(), peak()
+    alone, _ = least(lambda: (index.seal(made), index.write_tensors(folder / "alone.safetensors", {"embeddings": made})))
+    return {"add 1,000 s": taken, "its embeddings s": alone, "peak GiB": highest}
+
+
+def written_to_qdrant(shape, folder) -> dict:
     stored = StoredPictures(QdrantFolder(folder / "qdrant"), "times")
-    started, number = time.process_time(), 0
+    started, clock, number = time.process_time(), time.monotonic(), 0
     for piece in pieces(shape):
         for start in range(0, len(piece), 1000):
             rows = piece[start:start + 1000]
             stored.write([(f"{number + i:07}.png", vectors, f"{number + i:032x}", None, []) for i, vectors in enumerate(rows)])
             number += len(rows)
-    taken = time.process_time() - started
-    first, _ = least(lambda: stored.best(queries(shape, 1)[0], 10), 1)
-    again, found = least(lambda: stored.best(queries(shape, 1)[0], 10))
+    taken, clock = time.process_time() - started, time.monotonic() - clock
+    stored.engine.close()
     size = sum(path.stat().st_blocks * 512 for path in (folder / "qdrant").rglob("*") if path.is_file())
-    return {"write s": taken, "MB": size / 1e6, "first query ms": 1000 * first, "query ms": 1000 * again, "peak GiB": peak(), "found": [name for name, _ in found]}
+    return {"write s": taken, "write s by the clock": clock, "MB": size / 1e6, "peak GiB while writing": peak()}
 
 
-def alone(act, shape, folder, results): results.put({name: value if isinstance(value, list) else round(value, 3) for name, value in act(shape, folder).items()})
+def asked_of_qdrant(shape, folder) -> dict:
+    taken, stored = least(lambda: StoredPictures(QdrantFolder(folder / "qdrant"), "times"), 1)
+    return {"read s": taken, **asked_each(lambda query: stored.best(query[0], 10), shape), "peak GiB": peak(), "own GiB": own()}
 
 
-def row(shape, ways) -> dict:
-    context, found = multiprocessing.get_context("spawn"), {}
-    folder = Path(tempfile.mkdtemp(dir=ROOT / ".cache"))
+WAYS = {"written": [written], "in memory": [in_memory], "in its file": [in_its_file], "added": [added], "qdrant": [written_to_qdrant, asked_of_qdrant]}
+
+
+def alone(act, shape, folder, results):
+    torch.set_num_threads(1)
+    results.put({name: round(value, 3) if isinstance(value, float) else value for name, value in act(shape, folder).items()})
+
+
+def by_itself(act, shape, folder) -> dict:
+    "What a process of its own finds."
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    process = context.Process(target=alone, args=(act, shape, folder, results))
+    process.start()
+    process.join()
+    if process.exitcode: raise SystemExit(f"{act.__name__} of {shape} ended with {process.exitcode}")
+    found = results.get()
+    print(shape, act.__name__, found, flush=True)
+    return found
+
+
+def row(shape, ways, before) -> dict:
+    "The row of a gallery, measured in some ways; what is known of others stays."
+    found, folder = {way: before[way] for way in WAYS if way in before}, Path(tempfile.mkdtemp(dir=ROOT / ".cache"))
     try:
-        for act in ways:
-            results = context.SimpleQueue()
-            process = context.Process(target=alone, args=(act, shape, folder, results))
-            process.start()
-            process.join()
-            if process.exitcode: raise SystemExit(f"{act.__name__} of {shape} ended with {process.exitcode}")
-            found[act.__name__.replace("_", " ")] = results.get()
-            print(shape, act.__name__, {name: value for name, value in list(found.values())[-1].items() if name != "found"}, flush=True)
+        for way in ways: found[way] = {name: value for act in WAYS[way] for name, value in by_itself(act, shape, folder).items()}
     finally: shutil.rmtree(folder, ignore_errors=True)
-    answers = [way.pop("found") for way in found.values() if "found" in way]
-    return {"pictures": shape[0], "vectors": shape[1], "numbers": shape[2], "same ten pictures": all(answer == answers[0] for answer in answers), **found}
+    answers = {way["answers"] for way in found.values() if "answers" in way}
+    return {"pictures": shape[0], "vectors": shape[1], "numbers": shape[2], "same ten pictures": len(answers) == 1, **found}
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    given = [tuple(map(int, sys.argv[1:4]))] if len(sys.argv) > 3 else SHAPES
+    shapes = [tuple(map(int, sys.argv[1:4]))] if len(sys.argv) > 3 else SHAPES
+    ways = sys.argv[4:] or list(WAYS)
     path = ROOT / "data" / "results" / "search-times.json"
-    about = {"command": "python tests/search_times.py", "unit": "CPU seconds or milliseconds of one process, the least of five; GiB of resident memory at its highest"}
-    before = read_json(path)["rows"] if path.exists() and len(sys.argv) > 3 else []
-    ways = [written, in_memory, in_its_file, qdrant][:3 if "--no-engine" in sys.argv else 4]
-    for shape in given:
-        before = [old for old in before if (old["pictures"], old["vectors"], old["numbers"]) != shape] + [row(shape, ways)]
-        before.sort(key=lambda old: (old["vectors"], old["pictures"]))
-        write_json(path, {**about, "rows": before, "environment": environment()})
-    print(json.dumps(before, indent=1))
+    unit = "CPU seconds or milliseconds of one process, the least of 19 queries after a first; GiB of resident memory at its highest, and `own` without pages of files, at the end"
+    rows = {(old["pictures"], old["vectors"], old["numbers"]): old for old in read_json(path)["rows"]} if path.exists() else {}
+    for shape in shapes:
+        rows[shape] = row(shape, ways, rows.get(shape, {}))
+        shown = sorted(rows.values(), key=lambda old: (old["vectors"], old["pictures"]))
+        write_json(path, {"command": "python tests/search_times.py", "unit": unit, "rows": shown, "environment": environment()})

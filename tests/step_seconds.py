@@ -3,6 +3,7 @@ pictures of 112 pixels, a tower of 6 layers 384 wide, a Q-Former of 4 layers 256
 
 python tests/step_seconds.py              writes data/results/step-seconds.json
 python tests/step_seconds.py qure sprc    these cases; prints their figures
+python tests/step_seconds.py --adamw      AdamW alone, in its usual form and in its fused one; the rows of the record stay
 
 The floor of a step is its FLOP, counted by torch, at the rate of products of large square matrices, measured in turn with it. `products` are the very
 products of the step, in their shapes and order, and nothing else: no step can take less with this library. `pictures in` computes tokens in every step."""
@@ -17,7 +18,7 @@ from transformers import Blip2Config
 from helpers import ROOT
 
 from dqe_cir.core import environment, generator
-from dqe_cir.files import write_json
+from dqe_cir.files import read_json, write_json
 from dqe_cir.methods import METHODS
 from dqe_cir.studies.bench import STEPS, TOWERS, FromPixels, Rows, count_flop, least_seconds, matrix_rate, random_encoder, toy_dataset
 from dqe_cir.trainer.batches import TrainingSet
@@ -58,10 +59,14 @@ def products_of(work):
     return again
 
 
+def method_of(case):
+    config = train_config({**STEPS[case], "device": "cpu", "batch_size": QUERIES, "dataset": "fashioniq", "encoder": "mini"})
+    return METHODS[config.method].from_config(random_encoder("between", dtype=torch.float32), config), config
+
+
 def step(case, pictures):
     "One step, as the trainer takes it."
-    config = train_config({**STEPS[case], "device": "cpu", "batch_size": QUERIES, "dataset": "fashioniq", "encoder": "mini"})
-    method = METHODS[config.method].from_config(random_encoder("between", dtype=torch.float32), config)
+    method, config = method_of(case)
     encoder, count, random = method.encoder, 4 * QUERIES, generator(0, "tokens")
     if pictures: tokens = FromPixels(encoder, torch.randn(count, 3, encoder.image_size, encoder.image_size, generator=random))
     else: tokens = Rows(torch.randn(count, *encoder.token_shape, generator=random))
@@ -81,17 +86,41 @@ def figures(case, pictures):
     return dict(flop=flop) | {name: float(f"{number:.4g}") for name, number in numbers.items()}
 
 
+def adamw(case="dqe_cir, paper", tries=9):
+    "CPU milliseconds of AdamW on a method's weights, in its usual form and fused, in turn; and the share of weights that differ after one step, by how much."
+    method, _ = method_of(case)
+    start = [weight.detach() for weight in method.parameters() if weight.requires_grad]
+    random = generator(0, "gradients")
+    gradients = [torch.randn(weight.shape, generator=random) / 100 for weight in start]
+
+    def begun(fused):
+        weights = [torch.nn.Parameter(weight.clone()) for weight in start]
+        for weight, gradient in zip(weights, gradients): weight.grad = gradient
+        return weights, torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.01, fused=fused)
+
+    forms = [begun(fused) for fused in (False, True)]
+    for _, optimizer in forms: optimizer.step()
+    usual, fused = (torch.cat([weight.detach().flatten() for weight in weights]) for weights, _ in forms)
+    taken = [[least_seconds(optimizer.step, 1) for _, optimizer in forms] for _ in range(tries)]
+    one, other = map(min, zip(*taken))
+    numbers = {"usual ms": 1000 * one, "fused ms": 1000 * other, "share that differs": (usual != fused).double().mean().item(),
+               "largest difference": (usual - fused).abs().max().item()}
+    return {"case": case, "weights": len(usual)} | {name: float(f"{number:.4g}") for name, number in numbers.items()}
+
+
 def main(cases):
     torch.set_num_threads(1)
     torch.manual_seed(0)  # for dropout; this process does nothing else
+    path = ROOT / "data" / "results" / "step-seconds.json"
     TOWERS["between"] = lambda layers=6: Blip2Config(qformer_config=QFORMER, vision_config=TOWER, num_query_tokens=32)
+    if cases == ["--adamw"]: return write_json(path, read_json(path) | {"AdamW": adamw() | {"environment": environment()}})
     rows = []
     for case in cases or CASES:
         rows.append({"case": case, "cached": figures(case, False), "pictures in": figures(case, True)})
         print(json.dumps(rows[-1]), flush=True)
     if cases: return
     about = {"command": "python tests/step_seconds.py", "unit": f"CPU seconds of a step of {QUERIES} queries, one thread, float32, the least of {TRIES}"}
-    write_json(ROOT / "data" / "results" / "step-seconds.json", {**about, "rows": rows, "environment": environment()})
+    write_json(path, {**about, "rows": rows, "AdamW": adamw(), "environment": environment()})
 
 
 if __name__ == "__main__": main(sys.argv[1:])

@@ -114,6 +114,28 @@ def test_steps_were_measured_beside_their_products():
         assert row["cached"]["flop"] < row["pictures in"]["flop"]
 
 
+def test_adamw_was_measured_by_itself_in_both_forms():
+    found = json.loads((ROOT / "data" / "results" / "step-seconds.json").read_text())["AdamW"]
+    assert found["case"] in CASES and 0 < found["share that differs"] < 1e-3 and found["weights"] > 10**7
+    assert found["fused ms"] < found["usual ms"]
+
+
+def test_searches_beyond_memory_were_measured_and_are_told():
+    found = json.loads((ROOT / "data" / "results" / "search-times.json").read_text())
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert ABOUT <= set(found["environment"]) and len(found["rows"]) == 4
+    for row in found["rows"]:
+        assert row["same ten pictures"] and len({row[way].get("answers") for way in ("in memory", "in its file", "qdrant")}) == 1
+        if row["pictures"] < 10**6: continue
+        for way, stored in (("in memory", "written"), ("in its file", "written"), ("qdrant", "qdrant")):
+            told, kept = row[way], row[stored]
+            highest = max(told["peak GiB"], told.get("peak GiB while writing", 0))
+            line = f"| {row['pictures']:,} x {row['vectors']} x {row['numbers']} | {way} | {told['query ms']:.0f} | {kept['MB']:,.0f} | {kept['write s']:.0f} | {highest:.1f} |"
+            assert line in text, line
+        assert f"{row['added']['add 1,000 s']:.0f} s ({row['added']['its embeddings s']:.1f} s" in text
+    assert found["rows"][-1]["qdrant"]["answers"], "of the largest gallery all twenty queries are known"
+
+
 def test_products_are_taken_again_in_their_shapes():
     one, other = torch.randn(3, 4), torch.randn(5, 4)
     work = lambda: torch.addmm(torch.zeros(5), one @ torch.eye(4), other.T)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+import search_times
 from helpers import ROOT
 
 from dqe_cir.core import generator
@@ -19,6 +20,7 @@ from dqe_cir.retrieval import top_k
 from dqe_cir.retriever import QdrantFolder, QdrantServer, Retriever
 from dqe_cir.retriever.beyond_memory import StoredPictures
 from dqe_cir.retriever.drawn import drawn_at_once
+from dqe_cir.retriever.index import stored_index
 
 embedded = pytest.mark.skipif(importlib.util.find_spec("qdrant_edge") is None, reason="qdrant-edge-py is not installed: pip install dqe-cir[qdrant], or make test-stores")
 
@@ -246,6 +248,18 @@ def test_another_model_and_another_size_are_refused(place):
     stored = StoredPictures(again, "a model")
     for shape in ((2, 9), (3, 8)): assert "holds 2 x 8 numbers a picture, and these are" in one_line(lambda: stored.write([("x", torch.ones(shape), "", None, [])]))
     assert "holds vectors of 8 numbers, not 5" in one_line(lambda: stored.best(queries[0, :5], 3))
+
+
+@embedded
+@pytest.mark.parametrize("vectors", [1, 8])
+def test_every_way_of_the_search_times_finds_the_same_ten_pictures(vectors, tmp_path):
+    "The record's own measurement, small: twenty queries of an index in memory, one in its file, and the engine opened again; then a thousand pictures more."
+    shape = 1500, vectors, 16
+    assert search_times.written(shape, tmp_path)["MB"] > 0
+    found = [ask(shape, tmp_path)["answers"] for ask in (search_times.in_memory, search_times.in_its_file)]
+    assert search_times.written_to_qdrant(shape, tmp_path)["MB"] > 0
+    assert {*found, search_times.asked_of_qdrant(shape, tmp_path)["answers"]} == {found[0]}
+    assert search_times.added(shape, tmp_path)["add 1,000 s"] > 0 and len(stored_index(tmp_path)[1]) == 2500
 
 
 @embedded

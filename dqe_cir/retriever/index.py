@@ -521,11 +521,12 @@ def index(self: Retriever, source: Path | str | CIRDataset, store: Path | str | 
     if store is not None: self.read_index(store)
     before = dict(zip(self.ids, self.keys)) if self.source == pictures.name else {}
     check_there(pictures, len(before))
+    writes = not set(self.keys).issuperset(pictures.keys.values())  # where something is missing
     broken = self.encode_missing(pictures, store, progress)
     pictures.unreadable |= {name: broken[key] for name, key in pictures.keys.items() if key in broken}
     report = compared(before, dict(zip(self.ids, self.keys)))
     report.unreadable = self.unreadable = pictures.unreadable
-    if store is not None and not self.is_stored(store):
+    if store is not None and (broken or not writes) and not self.is_stored(store):
         with owned(store): self.write_index(store)
     return report
 
@@ -541,8 +542,7 @@ def encode_missing(self: Retriever, pictures: Pictures, store: Path | str | None
         finally: self.adopt(pictures, known)
     with owned(store):
         records, model = Path(store, MADE), self.model_key()
-        stored = stored_vectors(store, model)
-        known |= {key: stored[key].float() for key in missing if key in stored}
+        known |= {key: vector.float() for key, vector in stored_vectors(store, model, missing).items()}
         made, end = made_before(records, model)
         for key in missing.keys() - known.keys():
             named = record_of(key, torch.empty(0))[:16]
@@ -660,9 +660,11 @@ def places_of(files: Mapping[str, Path], root: Path | None) -> tuple:
     if isinstance(files, FilesBelow):
         return as_text(str(files.root)), list(map(as_text, files.names.values()))
     places, root = [os.path.abspath(path) for path in files.values()], os.path.abspath(root)
-    if any(os.path.commonpath([root, place]) != root for place in places):  # some lie beside it
+    start = os.path.join(root, "")
+    if not all(place.startswith(start) for place in places):  # some lie beside it
         root = os.path.commonpath([os.path.dirname(place) for place in places])
-    return as_text(root), [as_text(os.path.relpath(place, root)) for place in places]
+        start = os.path.join(root, "")
+    return as_text(root), [as_text(place[len(start):]) for place in places]
 
 # %% ../../nbs/retriever/04_index.ipynb #4e6c821c
 @patch
@@ -721,15 +723,16 @@ def stored_index(folder: Path | str) -> tuple[dict, Tensor] | None:
                     "again, or remove both")
 
 # %% ../../nbs/retriever/04_index.ipynb #a94d8801
-def stored_vectors(folder: Path | str, model: str) -> dict[str, Tensor]:
-    "The embeddings (T,D) of a model in a store by content key, whatever became of their description."
+def stored_vectors(folder: Path | str, model: str, wanted: Mapping[str, object]) -> dict[str, Tensor]:
+    "The embeddings (T,D) of a model in a store by wanted content key, whatever became of their description."
     try:
         tensors, said = read_tensors(Path(folder, "index.safetensors"), mapped=True)
         keys, vectors = parse_json(said["contents"]), tensors["embeddings"]
         sound = (said["vectors"], said["keys"]) == (seal(vectors), digest_of(keys))
         sound = sound and len(keys) == len(vectors)
     except (ValueError, KeyError, TypeError): return {}
-    return dict(zip(keys, vectors)) if sound and said.get("model") == model else {}
+    if not sound or said.get("model") != model: return {}
+    return {key: vectors[row] for row, key in enumerate(keys) if key in wanted}
 
 # %% ../../nbs/retriever/04_index.ipynb #4b6c2677
 PLAIN = re.compile(r"[^/\\:\0\s][^\\:\0]*")  # names that need no closer look
