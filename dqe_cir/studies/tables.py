@@ -385,7 +385,8 @@ def conditions_of(runs: list[dict], world: str) -> Markdown:
     for name, found in members.items():
         cells = next(iter(summary_table(found, measures).values()))
         rows[name] = cells | {"method": found[0]["method"], "status": f"{world} benchmark"}
-    title = f"{world} val, encoder mini, percent, mean ± standard deviation over seeds"
+    encoders = " and ".join(sorted({run["encoder"] for found in members.values() for run in found}))
+    title = f"{world} val, encoder {encoders}, percent, mean ± standard deviation over seeds"
     return text_table(rows, ["method", "seeds", *measures, "status"], title)
 
 # %% ../../nbs/studies/03_tables.ipynb #c19b8ff2
@@ -472,6 +473,7 @@ def evidence_name(world: str, kind: str = "evidence") -> str:
     "The record of the evidence (or of another kind) on a drawn world, by its name in `data/results`."
     return kind if world == TrainConfig.dataset else f"{kind}_{world}"
 
+# %% ../../nbs/studies/03_tables.ipynb #79a6acf6
 def evidences() -> dict[str, dict | None]:
     "Drawn world to the record of its evidence, completed by its leaderboard; None where there is none."
     found = {}
@@ -480,6 +482,7 @@ def evidences() -> dict[str, dict | None]:
         found[world] = with_board(study, board) if study and board else study
     return found
 
+# %% ../../nbs/studies/03_tables.ipynb #23ebce6c
 def evidence_command(world: str) -> str:
     "The line that records all that the claims need on a drawn world, with five seeds."
     names = ",".join(dict.fromkeys(name for pair in CLAIMS for name in reversed(pair)))
@@ -528,6 +531,7 @@ def differences_by_world(studies: dict, measure: str = "mAP") -> dict[tuple, dic
     "Claim to world to its difference in a measure; None where it was not run."
     return {pair: {world: apart(study, pair, measure) for world, study in studies.items()} for pair in CLAIMS}
 
+# %% ../../nbs/studies/03_tables.ipynb #95e63132
 def claims_table(studies: dict[str, dict | None], measure: str = "mAP") -> Markdown:
     "Each claim with its difference in every world, bold where the interval leaves out 0, and its verdict."
     rows = {}
@@ -538,11 +542,13 @@ def claims_table(studies: dict[str, dict | None], measure: str = "mAP") -> Markd
     title = f"points of {measure}, paired by seed, with 95 % intervals"
     return text_table(rows, [*studies, "verdict"], title)
 
+# %% ../../nbs/studies/03_tables.ipynb #b2ed7bb8
 def difference_cell(mean: float, half: float) -> str:
     "A difference with its interval, bold where that leaves out 0."
     text = f"{mean:+.1f} ± {half:.1f}"
     return f"**{text}**" if abs(mean) > half else text
 
+# %% ../../nbs/studies/03_tables.ipynb #bc508836
 def claims_figure(studies: dict[str, dict | None], measure: str = "mAP") -> go.Figure:
     "The claims that were run somewhere, a column of intervals for each world."
     by_pair, columns = differences_by_world(studies, measure), {world: {} for world in studies}
@@ -565,6 +571,7 @@ def parting(pair: tuple[str, str], found: dict[str, tuple[float, float]]) -> str
         close = f"but the two differences cannot be told apart ({abs(gap):.1f}, within {room:.1f})"
     return f"`{pair[0]}` {told}; {close}."
 
+# %% ../../nbs/studies/03_tables.ipynb #38cd73af
 def partings(studies: dict[str, dict | None]) -> Markdown:
     "Where two worlds disagree on the claims, in sentences."
     by_pair = differences_by_world(studies)
@@ -583,6 +590,7 @@ def points_in(record: dict) -> dict[str, dict]:
     if record.get("method") in TRAIN_FREE: return {ASKED[record["query"]]: record["metrics"]}
     return record.get("reference_points", {})
 
+# %% ../../nbs/studies/03_tables.ipynb #8d7e6f42
 def points_of(world: str, study: dict | None, folder: Path | str | None = None) -> dict[str, dict]:
     "Name to metrics in percent of the reference points of a drawn world; empty where no record has them."
     if study and study.get("reference points"): return study["reference points"]
@@ -611,6 +619,7 @@ def points_table(studies: dict[str, dict | None], points: dict[str, dict]) -> Ma
             rows.setdefault(name, {}).update(cells)
     return text_table(rows, columns, "validation queries, percent")
 
+# %% ../../nbs/studies/03_tables.ipynb #b7190bcf
 def means_of(study: dict, condition: str) -> dict[str, float]:
     "The means over seeds of a condition's figures."
     own = [run for run in study["runs"] if run["condition"] == condition]
@@ -629,7 +638,8 @@ def hardness(studies: dict[str, dict | None], points: dict[str, dict]) -> Markdo
         trained = "**not run**: the tuned baseline."
         if study and "info_nce" in study["conditions"]:
             tuned = means_of(study, "info_nce")["mAP"]
-            trained = f"the tuned baseline reaches {tuned:.1f}, {100 - tuned:.1f} below who knows every answer."
+            room = f"{100 - tuned:.1f} below who knows every answer"
+            trained = f"the tuned baseline reaches {tuned:.1f}, {room}."
         lines.append(f"* {world}: without training {best} gets furthest, {bare[best]:.1f} of mAP; {trained}")
     return Markdown("\n".join(lines))
 
