@@ -23,6 +23,8 @@ from dqe_cir.evaluator import evaluate, score_dataset
 from dqe_cir.methods import METHODS
 from dqe_cir.methods.zoo import TRAIN_FREE
 from dqe_cir.retriever import Retriever
+from dqe_cir.retriever.drawn import drawn_at_once
+from dqe_cir.retriever.share import export
 from dqe_cir.trainer.config import as_meant
 from dqe_cir.trainer import build_method, fit, load_run, open_run, train_config, training_set
 
@@ -126,6 +128,21 @@ def test_what_queries_were_taught_is_listed(home, splits):
     taught = json.loads((home / "old_run" / "negatives.json").read_text())
     assert [(row["reference"], row["target"]) for row in taught] == [(t.reference, t.target) for t in splits[0].triplets]
     assert all(row["negatives"] and row["target"] not in row["negatives"] for row in taught)
+
+
+def test_an_old_run_that_was_handed_on_is_searched(home, tmp_path):
+    "As folders of that time are: `config.json` names no later parameter. Sub-queries, gate, maps and lessons are there, and nothing is read."
+    folder, named = export("old_run", tmp_path / "shared"), json.loads((home / "old_run" / "config.json").read_text())
+    today = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({name: today[name] for name in named}))
+    retriever = Retriever.load(folder, "cpu", encoder="encoder")
+    query = drawn_at_once("garments", "val", "smoke").triplets[3]
+    found = {gate: retriever.search(query.reference, "is red", 10, gate) for gate in ("learned", "off", (0, 1, 0))}
+    assert len(retriever) == 180 and retriever.parts == ("plain query", "colour", "shape") and not (folder / "vocabulary.json").exists()
+    assert len({tuple(result.score for result in results) for results in found.values()}) == 3
+    why = retriever.explain(query.reference, "is red", found["learned"][0].id)
+    assert why.maps.shape == (2, 8, 8) and why.readings == [] and sum(why.contributions) == pytest.approx(found["learned"][0].score, abs=1e-5)
+    assert retriever.nearest_lessons(query.reference, "is red")[0].negatives
 
 
 # ---- the shipped model

@@ -579,7 +579,7 @@ def tell_lesson(self: SearchPage, reference, step: Step) -> None:
                               "nothing to show of what it was taught.")
         return
     lesson = found[0]
-    pushed = ", ".join(map(readable_name, lesson.negatives)) or "nothing"
+    pushed = ", ".join(map(readable_name, lesson.negatives)) or "no picture of its zone"
     told = f"“{escape(lesson.text)}” → {readable_name(lesson.target)}; pushed away: {pushed}"
     self.why["lesson"] = f"<b>Nearest training query</b> (cosine {lesson.likeness:.2f}): {told}"
     if not is_drawn(config.dataset): return  # pictures of other training sets are not kept with the model
