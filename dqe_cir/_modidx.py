@@ -1894,6 +1894,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                           'dqe_cir/retriever/commands.py'),
                                             'dqe_cir.retriever.commands.parser': ( 'retriever/commands.html#parser',
                                                                                    'dqe_cir/retriever/commands.py'),
+                                            'dqe_cir.retriever.commands.reason': ( 'retriever/commands.html#reason',
+                                                                                   'dqe_cir/retriever/commands.py'),
                                             'dqe_cir.retriever.commands.run': ( 'retriever/commands.html#run',
                                                                                 'dqe_cir/retriever/commands.py'),
                                             'dqe_cir.retriever.commands.serve': ( 'retriever/commands.html#serve',

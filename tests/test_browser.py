@@ -249,6 +249,13 @@ def test_a_person_searches_step_by_step(lab, expected):
     shown, files = [fitted(picture) for picture in lab.pictures()], [fitted(Image.open(expected.files[name])) for name in first]
     assert [min(range(10), key=lambda j: difference(picture, files[j])) for picture in shown] == list(range(10)), "each picture is the one its caption names"
     lab.shot("2-lab-searched")
+    lab.press(f"Why?: {first[0]}")
+    panel = lab.page.locator("dialog[open]")
+    panel.get_by_text("Nearest training query").wait_for()
+    assert all(f"Read from {side}: " in panel.inner_text() for side in ("the reference", "the query", "this picture"))
+    lab.page.wait_for_timeout(500)
+    panel.screenshot(path=SHOTS / "2-lab-why.png")  # below 2-lab-searched it is docs/search.png
+    lab.page.keyboard.press("Escape")
     lab.press(f"Use as reference: {first[1]}")
     assert lab.reference == first[1] and lab.text.input_value() == ""
     lab.search(SECOND)
