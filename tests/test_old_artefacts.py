@@ -139,7 +139,7 @@ def test_an_old_run_that_was_handed_on_is_searched(home, tmp_path):
     assert len(retriever) == 180 and retriever.parts == ("plain query", "colour", "shape") and not (folder / "vocabulary.json").exists()
     assert len({tuple(result.score for result in results) for results in found.values()}) == 3
     why = retriever.explain(query.reference, "is red", found["learned"][0].id)
-    assert why.maps.shape == (2, 8, 8) and why.readings == [] and sum(why.contributions) == pytest.approx(found["learned"][0].score, abs=1e-5)
+    assert why.maps.shape == (2, 4, 4) and why.readings == [] and sum(why.contributions) == pytest.approx(found["learned"][0].score, abs=1e-5)
     assert retriever.nearest_lessons(query.reference, "is red")[0].negatives
 
 
