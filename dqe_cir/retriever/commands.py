@@ -52,7 +52,8 @@ def answer_lines(results: list[Result], as_json: bool = False, reasons: list[str
     for row, reason in zip(found, reasons or ()): row["why"] = reason
     if as_json: return json.dumps(found, indent=1)
     lines = [f"{row['rank']:>4}  {row['score']:.4f}  {row['path']}" for row in found]
-    return "\n".join(f"{line}\n      {row['why']}" if "why" in row else line for line, row in zip(lines, found))
+    reasons = ["\n      " + row["why"] if "why" in row else "" for row in found]
+    return "\n".join(map(str.__add__, lines, reasons))
 
 # %% ../../nbs/retriever/12_commands.ipynb #130a3ed9
 def reason(retriever: Retriever, reference: str, text: str, result: Result) -> str:

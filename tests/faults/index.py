@@ -49,7 +49,7 @@ def exported(folder: Path) -> Path:
     retriever.index(closet(folder))
     place = folder / "model"
     place.mkdir()
-    for name in ("config.json", "model.safetensors", "results.json"): shutil.copyfile(shipped().folder / name, place / name)
+    for name in ("config.json", "model.safetensors", "results.json", "vocabulary.json"): shutil.copyfile(shipped().folder / name, place / name)
     retriever.write_index(place)
     return place
 
