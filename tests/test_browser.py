@@ -365,7 +365,7 @@ def test_the_gate_and_the_weights_rank_again(app, expected):
     assert app.ids != learned and float(slider.input_value()) > 0.5
     app.page.wait_for_timeout(100)
     assert app.page.evaluate("document.activeElement.type") == "range", "the slider keeps the focus"
-    while app.ids != learned: app.press("Undo")
+    while app.ids != learned or float(slider.input_value()): app.press("Undo")  # one step of it may change no place
     app.press(f"Not this: {learned[0]}")
     assert learned[0] not in app.ids
     app.press("Undo")

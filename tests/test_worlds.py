@@ -160,3 +160,12 @@ def test_the_pages_own_records_are_those_of_the_repository():
     shown = "".join("".join(output.get("data", {}).get("text/markdown", "")) for cell in cells for output in cell.get("outputs", []))
     assert claims_table(evidences()).data in shown and partings(evidences()).data in shown, "execute nbs/worlds.ipynb again"
     if read_study("evidence_scenes"): assert read_study("evidence_scenes")["data"] == "scenes"
+
+
+def test_the_claims_in_the_readme_are_the_records():
+    studies, text = evidences(), (ROOT / "README.md").read_text()
+    if not all(studies.values()): pytest.skip("a world has no record: README says so")
+    told = [line for line in claims_table(studies).data.splitlines() if line.startswith("|")]
+    assert len(told) == len(CLAIMS) + 2 and all(line in text for line in told)
+    reached = [run["metrics"]["mAP"] for run in studies["scenes"]["runs"] if run["condition"] == "info_nce"]
+    assert f"`info_nce` {sum(reached) / len(reached):.1f} ± " in text
