@@ -161,12 +161,10 @@ def prepare(self: ReadsAttributes, dataset: CIRDataset, tokens, folder: Path) ->
 # %% ../../nbs/methods/06_readings.ipynb #c88a2ef5
 @patch
 def restore(self: ReadsAttributes, folder: Path) -> None:
-    "Take up the vocabulary in a run's folder; `DataError` where a run with readings has lost it."
-    path, kind = Path(folder) / "vocabulary.json", self.reading.readings
-    remedy = "restore it, or train again in another run_dir"
-    if not path.exists() and kind not in (None, "none"):
-        raise DataError(f"{path} is missing, which holds the words of the run's readings: {remedy}")
+    "Take up the vocabulary that a run's folder holds, if it holds one."
+    path = Path(folder) / "vocabulary.json"
     if not path.exists(): return
+    remedy = "restore it, or train again in another run_dir"
     try:
         vocabulary = Vocabulary.from_record(read_json(path, remedy, dict))
     except (KeyError, TypeError, AttributeError) as problem:
