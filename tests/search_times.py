@@ -177,8 +177,9 @@ if __name__ == "__main__":
     ways = sys.argv[4:] or list(WAYS)
     path = ROOT / "data" / "results" / "search-times.json"
     unit = "CPU seconds or milliseconds of one process, the least of 19 queries after a first; GiB of resident memory at its highest, and `own` without pages of files, at the end"
+    made_with = environment()  # as it was before this record was written
     rows = {(old["pictures"], old["vectors"], old["numbers"]): old for old in read_json(path)["rows"]} if path.exists() else {}
     for shape in shapes:
         rows[shape] = row(shape, ways, rows.get(shape, {}))
         shown = sorted(rows.values(), key=lambda old: (old["vectors"], old["pictures"]))
-        write_json(path, {"command": "python tests/search_times.py", "unit": unit, "rows": shown, "environment": environment()})
+        write_json(path, {"command": "python tests/search_times.py", "unit": unit, "rows": shown, "environment": made_with})

@@ -82,17 +82,9 @@ def test_real_data_take_the_usual_one(assets, tmp_path):
         assert train_config(dict(dataset="scenes", data_root=str(tmp_path / "drawn"))).encoder == NAME
 
 
-def test_one_that_does_not_ship_is_said_in_one_line(assets, tmp_path, monkeypatch):
-    monkeypatch.setattr("dqe_cir.encoder.blip2.MINI", shutil.copytree(MINI, tmp_path / "assets" / "mini"))
-    with pytest.warns(UserWarning, match=f"^{NAME}, the encoder that has seen pictures such as those of scenes, does not ship here: mini takes its place") as told:
-        assert train_config(dict(dataset="scenes")).encoder == "mini"
-    assert len(told) == 1 and "\n" not in str(told[0].message)
-
-
-def test_every_world_names_an_encoder_that_could_ship(monkeypatch):
+def test_every_world_names_an_encoder_that_ships(monkeypatch):
     monkeypatch.setattr("dqe_cir.encoder.blip2.MINI", MINI)
-    for world in (spec.drawn for spec in SPECS.values() if spec.drawn):
-        assert shipped(world.encoder) or not (MINI.parent / world.encoder / "config.json").exists(), f"{world.encoder} is there and not found by its name"
+    assert all(shipped(spec.drawn.encoder) for spec in SPECS.values() if spec.drawn)
 
 
 # ---- what is found under its name
@@ -182,7 +174,6 @@ def test_a_card_of_a_search_without_training_is_free_too(assets):
 def test_the_encoder_of_the_scenes_reads_their_requests(monkeypatch):
     "No request is cut, and none has a word that is spelled letter by letter."
     monkeypatch.setattr("dqe_cir.encoder.blip2.MINI", MINI)
-    if not shipped(NAME): pytest.skip(f"{NAME} does not ship yet")
     from dqe_cir.retriever.drawn import drawn_at_once
     encoder = load_encoder(NAME, device="cpu")
     texts = [text for triplet in drawn_at_once("scenes", "val", "smoke").triplets for text in triplet.captions]

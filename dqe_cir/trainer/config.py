@@ -9,13 +9,13 @@ __all__ = ['SMALL', 'SMALL_BOUNDS', 'MINING', 'COMMON', 'PLAIN', 'OWN', 'EVERYBO
            'check_processes', 'train_config', 'as_meant', 'ZeroShotConfig', 'zero_shot_config', 'kind_of_config']
 
 # %% ../../nbs/trainer/02_config.ipynb #b2338fb1
-import dataclasses, math, warnings
+import dataclasses, math
 from dataclasses import dataclass
 
 from ..attributes import MODES, SUB_QUERIES
 from ..core import checked
 from ..data.datasets import SPECS, check_categories, world_shown
-from ..encoder.blip2 import DTYPES, MINI, encoder_size, shipped
+from ..encoder.blip2 import DTYPES, MINI, encoder_size
 from ..encoder.token_cache import PLACES
 from ..methods.base import Method
 from ..methods.parts import LearnedTemperature
@@ -89,11 +89,7 @@ class TrainConfig(PairOptions, ReadingOptions):
 def encoder_for(dataset: str = "", root: str = "") -> str:
     "The encoder for a data set: that of the drawn world whose pictures it shows below the root, else `mini`."
     world = world_shown(dataset, root)
-    wanted = world.encoder if world else MINI.name
-    if shipped(wanted): return wanted
-    warnings.warn(f"{wanted}, the encoder that has seen pictures such as those of {dataset}, does not ship "
-                  f"here: {MINI.name} takes its place; name another with -p encoder", stacklevel=2)
-    return MINI.name
+    return world.encoder if world else MINI.name
 
 def encoder_of(config) -> str:
     "The encoder of a run: the one that is named, else that of its data."
