@@ -14,7 +14,7 @@ __all__ = ['FIELDS', 'STATUSES', 'CATEGORIES', 'GIGA_OPERATIONS', 'PAPER_TABLE',
            'points_table', 'means_of', 'hardness', 'subset_table']
 
 # %% ../../nbs/studies/03_tables.ipynb #2bf42245
-import collections, csv, json, math, re
+import collections, csv, math, re
 from pathlib import Path
 
 import plotly.graph_objects as go
