@@ -12,11 +12,12 @@ __all__ = ['TERMS', 'NO_TERMS', 'TUNED', 'DQE', 'OURS', 'PLAIN', 'PAPER', 'SOURC
            'check_made_from', 'made_now', 'fingerprints', 'run_study', 'hide_bars', 'in_processes', 'kind_of',
            'search_scores', 'search_table', 'standard_error', 'best_rates', 'StudyConfig', 'without_lists',
            'recorded_conditions', 'at_home', 'read_record', 'check_record', 'check_study', 'as_texts', 'study_config',
-           'small_study', 'interval', 'values_of', 'shared_seeds', 'paired', 'mean_and_spread', 'summary_table',
-           'difference_table', 'outcome', 'finding', 'findings', 'query_values', 'over_queries', 'queries_table',
-           'kept_of', 'study_record', 'bare_points', 'read_study', 'source_line', 'study_report', 'seed_spread',
-           'compare_run', 'against_table', 'against_report', 'check_against', 'telling_rows', 'side_by_side',
-           'draw_sheet', 'measures_of', 'means_report', 'differences_report', 'sheet_of']
+           'small_study', 'interval', 'values_of', 'shared_seeds', 'paired', 'difference_of', 'mean_and_spread',
+           'summary_table', 'difference_cell', 'difference_table', 'outcome', 'finding', 'findings', 'query_values',
+           'over_queries', 'queries_table', 'kept_of', 'study_record', 'bare_points', 'read_study', 'source_line',
+           'study_report', 'seed_spread', 'compare_run', 'against_table', 'against_report', 'check_against',
+           'telling_rows', 'side_by_side', 'draw_sheet', 'measures_of', 'means_report', 'differences_report',
+           'sheet_of']
 
 # %% ../../nbs/studies/01_ablation.ipynb #c96b4c61
 import dataclasses, functools, hashlib, json, math, multiprocessing, re, shutil
@@ -716,6 +717,13 @@ def paired(
     seeds = shared_seeds(records, condition, baseline, measure)
     return *interval([one[seed] - other[seed] for seed in seeds]), len(seeds)
 
+def difference_of(
+    records: list[dict], condition: str, baseline: str, measure: str = "mAP"
+) -> tuple[float, float] | None:
+    "`paired` without the number of seeds; None where there are fewer than two."
+    if len(shared_seeds(records, condition, baseline, measure)) < 2: return None
+    return paired(records, condition, baseline, measure)[:2]
+
 # %% ../../nbs/studies/01_ablation.ipynb #60ecfd29
 def mean_and_spread(values: list[float]) -> str:
     "Mean ± standard deviation in words; a dash for none, no spread for one."
@@ -734,6 +742,11 @@ def summary_table(records: list[dict], measures: list[str]) -> dict[str, dict[st
     return table
 
 # %% ../../nbs/studies/01_ablation.ipynb #95777992
+def difference_cell(mean: float, half: float) -> str:
+    "A difference with its interval, bold where that leaves out 0."
+    text = f"{mean:+.1f} ± {half:.1f}"
+    return f"**{text}**" if abs(mean) > half else text
+
 def difference_table(records: list[dict], baseline: str, measures: list[str]) -> dict[str, dict[str, str]]:
     """condition -> measure -> mean difference to a baseline with its interval; bold where the interval
     leaves out 0."""
@@ -741,10 +754,8 @@ def difference_table(records: list[dict], baseline: str, measures: list[str]) ->
     for name in dict.fromkeys(r["condition"] for r in records if r["condition"] != baseline):
         table[name] = {}
         for measure in measures:
-            if len(shared_seeds(records, name, baseline, measure)) < 2: continue
-            mean, half, _ = paired(records, name, baseline, measure)
-            text = f"{mean:+.1f} ± {half:.1f}"
-            table[name][measure] = f"**{text}**" if abs(mean) > half else text
+            found = difference_of(records, name, baseline, measure)
+            if found: table[name][measure] = difference_cell(*found)
     return table
 
 # %% ../../nbs/studies/01_ablation.ipynb #d5da99ec
@@ -965,7 +976,7 @@ MEASURES = ("mAP", "R@10", "R@50", "top-1 valid", "top-1 colour", "top-1 shape",
 def measures_of(records: list[dict]) -> list[str]:
     "What a report shows: `MEASURES`, behind the first subset recall where queries have a group to rank."
     grouped = any("Rs@1" in record["metrics"] for record in records)
-    return [MEASURES[0], *["Rs@1"][:grouped], *MEASURES[1:]]
+    return ["mAP", *["Rs@1"] * grouped, *MEASURES[1:]]
 
 def means_report(config: StudyConfig, records: list[dict]) -> Markdown:
     "Means and standard deviations over seeds."
@@ -977,8 +988,8 @@ def differences_report(config: StudyConfig, records: list[dict]) -> Markdown:
     "Differences to the baseline with their intervals; or why there are none."
     if config.baseline not in config.named: return Markdown(f"`{config.baseline}` is not in this study.")
     if len(config.seed_list) < 2: return Markdown("One seed: no intervals.")
-    table = difference_table(records, config.baseline, measures_of(records))
-    return text_table(table, measures_of(records), f"difference to {config.baseline}, points")
+    measures, title = measures_of(records), f"difference to {config.baseline}, points"
+    return text_table(difference_table(records, config.baseline, measures), measures, title)
 
 def sheet_of(config: StudyConfig, jobs: list[Job]) -> Image.Image | None:
     "The sheet of the pair, written and read again; None where none was asked for."

@@ -23,8 +23,8 @@ from ..data.datasets import SPECS
 from ..methods.zoo import METHODS
 from ..show.figures import interval_figure, point_figure, text_table
 from .ablation import Job, OURS, PAPER, StudyConfig, as_texts, best_rates, check_record
-from .ablation import check_study, outcome, package_commit, paired, passed_on, run_study
-from .ablation import read_record, search_scores, search_table, shared_seeds, study_jobs
+from .ablation import check_study, difference_of, outcome, package_commit, passed_on
+from .ablation import read_record, run_study, search_scores, search_table, study_jobs
 from .ablation import summary_table, values_of
 from ..trainer.config import TrainConfig, train_config
 
@@ -276,9 +276,7 @@ COSTS = {  # column to the name in a record and how it is written
 # %% ../../nbs/studies/02_leaderboard.ipynb #2f6a50ab
 def difference(record: dict, row: str, other: str) -> tuple[float, float] | None:
     "Mean paired difference of two rows by the headline, and half-width; None without two shared seeds."
-    runs, measure = record["runs"], headline(record)
-    if row == other or len(shared_seeds(runs, row, other, measure)) < 2: return None
-    return paired(runs, row, other, measure)[:2]
+    return None if row == other else difference_of(record["runs"], row, other, headline(record))
 
 # %% ../../nbs/studies/02_leaderboard.ipynb #4542f062
 def in_words(found: tuple[float, float] | None) -> str | None:

@@ -9,12 +9,12 @@ __all__ = ['FIELDS', 'STATUSES', 'CATEGORIES', 'GIGA_OPERATIONS', 'PAPER_TABLE',
            'method_name', 'side_by_side', 'drawn_cells', 'figures_of', 'mean_of', 'training_work', 'needs',
            'training_needs', 'to_run', 'benchmarks', 'not_run', 'status_table', 'systems_table', 'paper_table',
            'other_table', 'conditions_of', 'conditions_table', 'own_table', 'not_run_table', 'left_out_table',
-           'zero_shot_needs', 'zero_shot_table', 'evidence_name', 'evidences', 'evidence_command', 'with_board',
-           'apart', 'where_it_holds', 'differences_by_world', 'claims_table', 'difference_cell', 'claims_figure',
-           'parting', 'partings', 'points_in', 'points_of', 'points_table', 'means_of', 'hardness', 'subset_table']
+           'zero_shot_needs', 'zero_shot_table', 'evidence_name', 'evidences', 'evidence_command', 'where_it_holds',
+           'differences_by_world', 'claims_table', 'claims_figure', 'parting', 'partings', 'points_in', 'points_of',
+           'points_table', 'means_of', 'hardness', 'subset_table']
 
 # %% ../../nbs/studies/03_tables.ipynb #2bf42245
-import collections, csv, json, math, re
+import collections, csv, math, re
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -27,8 +27,8 @@ from ..files import DataError, read_json
 from ..methods.zoo import METHODS, TRAIN_FREE
 from ..retriever.drawn import drawn_at_once
 from ..show.figures import interval_columns, text_table
-from .ablation import CONDITIONS, at_home, difference_table, outcome, paired, read_study
-from .ablation import shared_seeds, summary_table, values_of
+from .ablation import at_home, difference_cell, difference_of, difference_table, outcome
+from .ablation import read_study, summary_table
 from .leaderboard import BOARDS, row_name
 from ..trainer.config import TrainConfig, train_config
 
@@ -469,18 +469,14 @@ CLAIMS = {  # (what is said to be above, what): in words
 }
 
 # %% ../../nbs/studies/03_tables.ipynb #71d0f42a
-def evidence_name(world: str, kind: str = "evidence") -> str:
-    "The record of the evidence (or of another kind) on a drawn world, by its name in `data/results`."
-    return kind if world == TrainConfig.dataset else f"{kind}_{world}"
+def evidence_name(world: str) -> str:
+    "The record of the evidence on a drawn world, by its name in `data/results`."
+    return "evidence" if world == TrainConfig.dataset else f"evidence_{world}"
 
 # %% ../../nbs/studies/03_tables.ipynb #79a6acf6
 def evidences() -> dict[str, dict | None]:
-    "Drawn world to the record of its evidence, completed by its leaderboard; None where there is none."
-    found = {}
-    for world in worlds():
-        study, board = (read_study(evidence_name(world, kind)) for kind in ("evidence", "leaderboard"))
-        found[world] = with_board(study, board) if study and board else study
-    return found
+    "Drawn world to the record of its evidence; None where there is none."
+    return {world: read_study(evidence_name(world)) for world in worlds()}
 
 # %% ../../nbs/studies/03_tables.ipynb #23ebce6c
 def evidence_command(world: str) -> str:
@@ -490,35 +486,16 @@ def evidence_command(world: str) -> str:
     return (f"papermill nbs/ablate.ipynb out.ipynb {chosen} -p rates data/results/learning_rates.json "
             f"-p record data/results/{evidence_name(world)}.json")
 
-# %% ../../nbs/studies/03_tables.ipynb #47f99f69
-def with_board(study: dict, board: dict) -> dict:
-    "A record of evidence with the missing conditions of the claims from a board of the very same baseline."
-    here = values_of(study["runs"], "info_nce", "mAP")
-    there = values_of(board["runs"], row_name("info_nce", "common"), "mAP")
-    shared = here.keys() & there.keys()
-    if len(shared) < 2 or any(abs(here[seed] - there[seed]) > 0.001 for seed in shared): return study
-    rows = {row_name(name, "common"): name for pair in CLAIMS for name in pair}
-    taken = {row: name for row, name in rows.items() if name not in study["conditions"]
-             and CONDITIONS[name].items() <= board["conditions"].get(row, {}).items()}
-    more = [run | {"condition": taken[run["condition"]]}
-            for run in board["runs"] if run["condition"] in taken]
-    conditions = {name: board["conditions"][row] for row, name in taken.items()}
-    return study | {"conditions": study["conditions"] | conditions, "runs": study["runs"] + more}
-
 # %% ../../nbs/studies/03_tables.ipynb #254af333
-def apart(study: dict | None, pair: tuple[str, str], measure: str = "mAP") -> tuple[float, float] | None:
-    "Mean and half-width of the difference of a pair in a record; None where it cannot be told."
-    if study is None or len(shared_seeds(study["runs"], *pair, measure)) < 2: return None
-    return paired(study["runs"], *pair, measure)[:2]
-
 HELD = {"is above": "holds", "ties with": "undecided", "is below": "reversed"}  # by the outcome in one world
 
 def where_it_holds(found: dict[str, tuple[float, float] | None]) -> str:
-    "The verdict on a claim, from its difference in each world."
+    "The verdict on a claim, from its difference in each world; of one world alone, or of those that ran it."
     words = {world: outcome(*difference) for world, difference in found.items() if difference}
-    absent = ["not run on " + " and ".join(world for world in found if world not in words)]
-    if len(words) < len(found):
-        return ", ".join([f"{HELD[word]} on {world}" for world, word in words.items()] + absent)
+    absent = [world for world in found if world not in words]
+    told = [f"{HELD[word]} on {world}" for world, word in words.items()]
+    if absent: told.append(f"not run on {' and '.join(absent)}")
+    if absent or len(found) == 1: return ", ".join(told)
     above = [world for world, word in words.items() if word == "is above"]
     below = [world for world, word in words.items() if word == "is below"]
     if above and below: return "**opposite**"
@@ -529,7 +506,9 @@ def where_it_holds(found: dict[str, tuple[float, float] | None]) -> str:
 # %% ../../nbs/studies/03_tables.ipynb #79dc5d50
 def differences_by_world(studies: dict, measure: str = "mAP") -> dict[tuple, dict]:
     "Claim to world to its difference in a measure; None where it was not run."
-    return {pair: {world: apart(study, pair, measure) for world, study in studies.items()} for pair in CLAIMS}
+    runs = {world: study["runs"] if study else [] for world, study in studies.items()}
+    return {pair: {world: difference_of(found, *pair, measure) for world, found in runs.items()}
+            for pair in CLAIMS}
 
 # %% ../../nbs/studies/03_tables.ipynb #95e63132
 def claims_table(studies: dict[str, dict | None], measure: str = "mAP") -> Markdown:
@@ -541,12 +520,6 @@ def claims_table(studies: dict[str, dict | None], measure: str = "mAP") -> Markd
         rows[named] = cells | {"verdict": where_it_holds(found)}
     title = f"points of {measure}, paired by seed, with 95 % intervals"
     return text_table(rows, [*studies, "verdict"], title)
-
-# %% ../../nbs/studies/03_tables.ipynb #b2ed7bb8
-def difference_cell(mean: float, half: float) -> str:
-    "A difference with its interval, bold where that leaves out 0."
-    text = f"{mean:+.1f} ± {half:.1f}"
-    return f"**{text}**" if abs(mean) > half else text
 
 # %% ../../nbs/studies/03_tables.ipynb #bc508836
 def claims_figure(studies: dict[str, dict | None], measure: str = "mAP") -> go.Figure:
@@ -579,8 +552,9 @@ def partings(studies: dict[str, dict | None]) -> Markdown:
     said = [sentence for pair, found in run.items() if (sentence := parting(pair, found))]
     count = f"{len(run)} of {len(CLAIMS)} claims were run on both"
     if not run: return Markdown(f"**Not run**: {count}.")
+    held = sum(where_it_holds(found) == "holds on both" for found in run.values())
     lines = said or ["On none of them do they part."]
-    return Markdown("\n".join([f"{count}.", "", *(f"* {line}" for line in lines)]))
+    return Markdown("\n".join([f"{count}; *holds on both*: {held}.", "", *(f"* {line}" for line in lines)]))
 
 # %% ../../nbs/studies/03_tables.ipynb #9f19f416
 ASKED = {"image": "image only", "text": "text only", "sum": "late fusion", "joint": "joint, untrained"}
@@ -612,7 +586,7 @@ def points_table(studies: dict[str, dict | None], points: dict[str, dict]) -> Ma
         found = points[world]
         for name in ("info_nce", "dqe_cir"):
             if study and name in study["conditions"]: found = found | {f"`{name}`": means_of(study, name)}
-        measures = ["mAP", "R@10", *["Rs@1"][:SPECS[world].subsets]]
+        measures = ["mAP", "R@10", *["Rs@1"] * SPECS[world].subsets]
         columns += [f"{world} {measure}" for measure in measures]
         for name, metrics in found.items():
             cells = {f"{world} {each}": f"{metrics[each]:.1f}" for each in measures if each in metrics}
@@ -632,14 +606,14 @@ def hardness(studies: dict[str, dict | None], points: dict[str, dict]) -> Markdo
     lines = []
     for world, study in studies.items():
         bare = {name: points[world][name]["mAP"] for name in ASKED.values() if name in points[world]}
-        if not bare: lines.append(f"* {world}: **not run**.")
-        if not bare: continue
+        if not bare:
+            lines.append(f"* {world}: **not run**.")
+            continue
         best = max(bare, key=bare.get)
         trained = "**not run**: the tuned baseline."
         if study and "info_nce" in study["conditions"]:
             tuned = means_of(study, "info_nce")["mAP"]
-            room = f"{100 - tuned:.1f} below who knows every answer"
-            trained = f"the tuned baseline reaches {tuned:.1f}, {room}."
+            trained = f"the tuned baseline reaches {tuned:.1f}, {100 - tuned:.1f} below the oracle."
         lines.append(f"* {world}: without training {best} gets furthest, {bare[best]:.1f} of mAP; {trained}")
     return Markdown("\n".join(lines))
 
