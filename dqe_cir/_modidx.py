@@ -1928,6 +1928,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                      'dqe_cir/retriever/explain.py'),
                                            'dqe_cir.retriever.explain.AttributeReading.changed': ( 'retriever/explain.html#attributereading.changed',
                                                                                                    'dqe_cir/retriever/explain.py'),
+                                           'dqe_cir.retriever.explain.AttributeReading.in_words': ( 'retriever/explain.html#attributereading.in_words',
+                                                                                                    'dqe_cir/retriever/explain.py'),
                                            'dqe_cir.retriever.explain.AttributeReading.said_of': ( 'retriever/explain.html#attributereading.said_of',
                                                                                                    'dqe_cir/retriever/explain.py'),
                                            'dqe_cir.retriever.explain.Explanation': ( 'retriever/explain.html#explanation',

@@ -2,8 +2,8 @@
 
 python tests/search_times.py                     writes data/results/search-times.json
 python tests/search_times.py 100000 1 256        one gallery: pictures, vectors of each, numbers of each vector; the other rows stay
-python tests/search_times.py 100000 1 256 qdrant    one gallery in Qdrant alone; the other ways of its row stay (others of them
-                                                    stand on `written`)
+python tests/search_times.py 100000 1 256 qdrant written added    one gallery in some ways alone, and the others of its row stay;
+                                                                  all but `qdrant` need what `written` before them wrote
 
 Every way has a process of its own, so that its memory is its own, and Qdrant two: one that writes, one that opens the folder and asks. Twenty queries are
 asked, and the least time counts. Vectors are random, since time and bytes depend on shapes alone; the ten pictures found for each query are kept as a hash
@@ -169,7 +169,8 @@ def row(shape, ways, before) -> dict:
         for way in ways: found[way] = {name: value for act in WAYS[way] for name, value in by_itself(act, shape, folder).items()}
     finally: shutil.rmtree(folder, ignore_errors=True)
     answers = {way["answers"] for way in found.values() if "answers" in way}
-    return {"pictures": shape[0], "vectors": shape[1], "numbers": shape[2], "same ten pictures": len(answers) == 1, **found}
+    same = len(answers) == 1 if answers else before.get("same ten pictures")
+    return {"pictures": shape[0], "vectors": shape[1], "numbers": shape[2], "same ten pictures": same, **found}
 
 
 if __name__ == "__main__":

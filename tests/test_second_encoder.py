@@ -20,6 +20,7 @@ from dqe_cir.encoder.native.clip import load_clip
 from dqe_cir.encoder.native.resnet import load_resnet
 from dqe_cir.files import read_json
 from dqe_cir.retriever import Retriever
+from dqe_cir.retriever.drawn import drawn_at_once
 from dqe_cir.retriever.share import ENCODER_LICENCE, card_head, export, licence_notes, model_card, shipped_licence
 from dqe_cir.studies.ablation import study_config, study_jobs, study_record
 from dqe_cir.studies.leaderboard import leaderboard_config, search_jobs
@@ -174,7 +175,6 @@ def test_a_card_of_a_search_without_training_is_free_too(assets):
 def test_the_encoder_of_the_scenes_reads_their_requests(monkeypatch):
     "No request is cut, and none has a word that is spelled letter by letter."
     monkeypatch.setattr("dqe_cir.encoder.blip2.MINI", MINI)
-    from dqe_cir.retriever.drawn import drawn_at_once
     encoder = load_encoder(NAME, device="cpu")
     texts = [text for triplet in drawn_at_once("scenes", "val", "smoke").triplets for text in triplet.captions]
     pieces = [encoder.tokenizer.tokenize(text) for text in texts]

@@ -9,6 +9,7 @@ __all__ = ['PAGE', 'MESSAGE_BYTES', 'EXAMPLES', 'MODEL', 'ENCODER', 'on_a_bar', 
 
 # %% ../../nbs/retriever/12_commands.ipynb #9eb1f33f
 import argparse, contextlib, json, os, shlex, subprocess, sys, tempfile, warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.utils import logging
@@ -45,15 +46,17 @@ def indexed(model: str, folder: str, device: str = "auto", encoder: str = "") ->
     return retriever
 
 # %% ../../nbs/retriever/12_commands.ipynb #b5f4f336
-def answer_lines(results: list[Result], as_json: bool = False, reasons: list[str] | None = None) -> str:
+def answer_lines(results: list[Result], as_json: bool = False, reasons: Sequence[str] = ()) -> str:
     "Results as text, best first: `rank score path` a line, its reason below; or a JSON list of objects."
     found = [dict(rank=rank, score=round(result.score, 4), id=result.id, path=str(result.path))
              for rank, result in enumerate(results, 1)]
-    for row, reason in zip(found, reasons or ()): row["why"] = reason
+    for row, told in zip(found, reasons): row["why"] = told
     if as_json: return json.dumps(found, indent=1)
-    lines = [f"{row['rank']:>4}  {row['score']:.4f}  {row['path']}" for row in found]
-    reasons = ["\n      " + row["why"] if "why" in row else "" for row in found]
-    return "\n".join(map(str.__add__, lines, reasons))
+    lines = []
+    for row in found:
+        lines.append(f"{row['rank']:>4}  {row['score']:.4f}  {row['path']}")
+        if "why" in row: lines.append(f"      {row['why']}")
+    return "\n".join(lines)
 
 # %% ../../nbs/retriever/12_commands.ipynb #130a3ed9
 def reason(retriever: Retriever, reference: str, text: str, result: Result) -> str:
@@ -62,9 +65,10 @@ def reason(retriever: Retriever, reference: str, text: str, result: Result) -> s
     if not why.readings:
         parts = zip(why.parts, why.contributions)
         return "brought: " + ", ".join(f"{part} {value:.3f}" for part, value in parts)
-    said = {side: ", ".join(read.said_of(side)[0] for read in why.readings)
-            for side in ("reference", "query", "picture")}
-    return "read from " + "; from ".join(f"the {side}: {values}" for side, values in said.items())
+    told = []
+    for side in ("reference", "query", "picture"):
+        told.append(f"the {side}: " + ", ".join(read.in_words(side) for read in why.readings))
+    return "read from " + "; from ".join(told)
 
 # %% ../../nbs/retriever/12_commands.ipynb #6f1afe76
 PAGE = """import os
@@ -160,8 +164,8 @@ def run(chosen: argparse.Namespace, more: list[str]) -> int:
     retriever = indexed(chosen.model, chosen.folder, chosen.device, chosen.encoder)
     if chosen.command == "search":
         found = retriever.search(chosen.reference, chosen.text, chosen.k)
-        asked = chosen.reference, chosen.text
-        reasons = [reason(retriever, *asked, result) for result in found] if chosen.why else None
+        reasons = []
+        if chosen.why: reasons = [reason(retriever, chosen.reference, chosen.text, one) for one in found]
         print(answer_lines(found, chosen.json, reasons))
     return 0
 

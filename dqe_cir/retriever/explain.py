@@ -51,6 +51,10 @@ class AttributeReading:
         "The likeliest value of the reference, the query or the picture, and its probability."
         return max(zip(self.values, getattr(self, side)), key=lambda pair: pair[1])
 
+    def in_words(self, side: str) -> str:
+        "The likeliest value and its probability, such as `red 80%`."
+        return "{} {:.0%}".format(*self.said_of(side))
+
     @property
     def changed(self) -> bool:
         "Did the request change it: is the query read as another value than the reference?"

@@ -471,8 +471,7 @@ def read_in_words(readings: list[AttributeReading], side: str) -> str:
     "The likeliest value of every attribute with its probability; what the request changed in bold, as HTML."
     told = []
     for read in readings:
-        value, probability = read.said_of(side)
-        text = f"{escape(value)} {probability:.0%}"
+        text = escape(read.in_words(side))
         told.append(f"<b>{text}</b>" if read.changed else text)
     return ", ".join(told)
 
